@@ -1,0 +1,248 @@
+"""``metaapo``: the command line. Starts in a blink: nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit import __version__
+from toolkit.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from toolkit.exchange.run import Run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0; 1 when `verify` found something or a run failed; 2 after an error of the user's making; 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.verb(options) or 0)
+    except UserError as error:
+        print(f"metaapo: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="metaapo",
+        description="Align language models with MetaAPO and its relatives on Slurm clusters, or on this machine.",
+        epilog="Configuration: key=value overrides after the verb; groups and keys are in configs/ and toolkit/config.py.",
+    )
+    parser.add_argument("--version", action="version", version=f"metaapo {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(
+        name: str, function: Any, help: str, run: bool = True, overrides: str | None = None
+    ) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help)
+        sub.set_defaults(verb=function)
+        if run:
+            sub.add_argument("run", metavar="RUN", type=Path, help="the run directory")
+        if overrides:
+            sub.add_argument("overrides", metavar="key=value", nargs="*", help=overrides)
+        return sub
+
+    compose = "experiment=…, groups and keys of the configuration"
+    verb("prepare", prepare, "tokenize the data and publish it in the run directory", False, compose)
+    launch_verb = verb("launch", launch, "start a run; stays in the foreground with a live table", False, compose)
+    launch_verb.add_argument("--detach", action="store_true", help="start the roles and return")
+    launch_verb.add_argument("--dry-run", action="store_true", help="show what would be started; start nothing")
+    status_verb = verb("status", status, "what a run is doing")
+    status_verb.add_argument("--json", action="store_true", help="as JSON")
+    status_verb.add_argument("--watch", action="store_true", help="stay, and show every change")
+    status_verb.add_argument(
+        "--refresh", action="store_true", help="look at the records now instead of the last status written"
+    )
+    logs_verb = verb("logs", logs, "the newest log of a role")
+    logs_verb.add_argument("role", metavar="ROLE", help="trainer, sidecar, worker-000, …")
+    verb("tick", tick, "do once what keeps a run going")
+    verb("cancel", cancel, "stop a run; its roles save first")
+    verb("resume", resume, "continue a stopped run", overrides="operations keys to change").add_argument(
+        "--detach", action="store_true", help="start the roles and return"
+    )
+    verify_verb = verb(
+        "verify", verify, "check every byte, every gate decision, and that each pair was trained exactly once"
+    )
+    verify_verb.add_argument("--json", action="store_true", help="as JSON")
+    verb("report", report, "write summary.json, report.html and TensorBoard files")
+    return parser
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _composed(overrides: list[str]) -> Any:
+    """The configuration that the overrides ask for: a new one, or for a replay that of the run replayed."""
+    from toolkit.launch.compose import compose, replayed
+
+    source = next((o.partition("=")[2] for o in overrides if o.startswith("replay_from=")), None)
+    return compose(overrides, Path.cwd()) if source is None else replayed(overrides, Path.cwd())
+
+
+def prepare(options: argparse.Namespace) -> None:
+    from toolkit.launch import control
+
+    run = control.create(_composed(options.overrides))
+    control.prepare(run, _console())
+
+
+def launch(options: argparse.Namespace) -> int:
+    from toolkit.launch import control
+
+    config = _composed(options.overrides)
+    if options.dry_run:
+        control.dry_run(config, _console())
+        return 0
+    run = control.create(config)
+    control.prepare(run, _console())
+    return _go_on(run, options.detach)
+
+
+def resume(options: argparse.Namespace) -> int:
+    from toolkit.exchange.run import Run
+    from toolkit.launch import control
+    from toolkit.launch.compose import updated
+
+    run = Run.open(options.run, "resume")
+    control.resume(run, updated(run, options.overrides))
+    return _go_on(Run.open(options.run, "launch"), options.detach)
+
+
+def _go_on(run: Run, detach: bool) -> int:
+    """Start what is due; in the foreground follow it to its end, where Ctrl-C stops the roles and keeps the run."""
+    from toolkit.launch import control
+
+    console = _console()
+    if detach:
+        control.start(run)
+        console.print(f"started. Watch: metaapo status {run.root} --watch   Stop: metaapo cancel {run.root}")
+        return 0
+    try:
+        outcome = control.follow_live(run, console)
+    except KeyboardInterrupt:
+        console.print("stopping: the roles save and leave …")
+        control.cancel(run)
+        console.print(f"saved. Continue with: metaapo resume {run.root}")
+        return 130
+    if outcome == "finished":
+        report(argparse.Namespace(run=run.root))
+        return 0
+    closing = run.closing()
+    console.print(f"{outcome}: {closing.attributes['reason'] if closing is not None else ''}")
+    return 1
+
+
+def status(options: argparse.Namespace) -> None:
+    from toolkit.exchange import hints
+    from toolkit.exchange.run import Run
+    from toolkit.reporting import status as reporting
+
+    def read() -> dict[str, Any]:
+        found = hints.status(options.run)
+        if options.refresh or not found:
+            run = Run.open(options.run)
+            found = reporting.collect(run, found.get("jobs", [])) | {"written": time.time()}
+        return found
+
+    if options.json:
+        print(json.dumps(read(), indent=1))
+        return
+    console = _console()
+    if not options.watch:
+        found = read()
+        console.print(reporting.render(found, time.time() - found["written"]))
+        return
+    from rich.live import Live
+
+    with Live(console=console, refresh_per_second=4) as live:
+        while True:
+            found = read()
+            live.update(reporting.render(found, time.time() - found["written"]))
+            if found.get("outcome"):
+                return
+            time.sleep(1.0)
+
+
+def logs(options: argparse.Namespace) -> None:
+    directory = options.run / "logs" / options.role
+    files = sorted(directory.glob("*/*_log.out"), key=lambda path: (path.parent.name, path.name))
+    if not files:
+        known = (
+            sorted(path.name for path in (options.run / "logs").glob("*")) if (options.run / "logs").is_dir() else []
+        )
+        raise UserError(
+            f"no logs of {options.role} in {options.run}; there are logs of: {', '.join(known) or 'nobody'}"
+        )
+    newest = files[-1].parent.name
+    for path in [path for path in files if path.parent.name == newest]:
+        print(f"==> {path} <==")
+        print(path.read_text(encoding="utf-8", errors="replace"), end="")
+
+
+def tick(options: argparse.Namespace) -> None:
+    from toolkit.exchange.run import Run
+    from toolkit.launch import control
+
+    run = Run.open(options.run, f"tick-{os.getpid()}")
+    control.tick(run)
+    closing = run.closing()
+    _console().print(f"{options.run}: {closing.attributes['outcome'] if closing is not None else 'going on'}")
+
+
+def cancel(options: argparse.Namespace) -> None:
+    from toolkit.exchange.run import Run
+    from toolkit.launch import control
+
+    found = control.cancel(Run.open(options.run, "cancel"))
+    _console().print(f"cancelled; {found} attempt(s) stopped, none left. Continue with: metaapo resume {options.run}")
+
+
+def verify(options: argparse.Namespace) -> int:
+    from toolkit.exchange.run import Run
+    from toolkit.exchange.verify import verify as examine
+
+    found = examine(Run.open(options.run))
+    if options.json:
+        print(json.dumps(found.as_json(), indent=1))
+    else:
+        print(found.as_text())
+    return 0 if found.clean else 1
+
+
+def report(options: argparse.Namespace) -> None:
+    from toolkit.exchange.run import Run
+    from toolkit.reporting import summary
+
+    run, console = Run.open(options.run), _console()
+    found = summary.write_summary(run)
+    console.print(summary.render_rounds(found))
+    try:
+        from toolkit.reporting import report as html
+        from toolkit.reporting import tensorboard
+
+        tensorboard.write_events(run)
+        console.print(f"report: {html.write_report(run)}")
+    except ImportError as error:
+        console.print(f"no HTML report: {error.name} is not installed here (pip install 'metaapo\\[report]')")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

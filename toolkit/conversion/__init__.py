@@ -1,0 +1,1 @@
+"""Hugging Face <-> Megatron weights, one small map per architecture."""

@@ -1,0 +1,1 @@
+"""What a preference pair is: dataset formats, chat templates, tokenization, batches."""

@@ -1,0 +1,108 @@
+"""Attempts: who may submit what, what started, how it ended, and who is alive.
+
+An attempt's life is three single-winner records: ``intent`` (its publisher may submit, once), ``start`` (either the job or the
+tick that gave it up, exactly one of them), ``end`` (the job's own word, or what the tick found of its death).
+Heartbeats are hints: one file per slot, replaced in place, believed only while its counter moves on the observer's own clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from toolkit.exchange import filesystem, layout
+from toolkit.exchange.records import Manifest, Records
+
+
+def newest(records: Records, slot: str) -> tuple[int, Manifest] | None:
+    """Number and intent of a slot's newest attempt."""
+    number, found = 0, None
+    while (intent := records.find(layout.job(slot, number, "intent"))) is not None:
+        number, found = number + 1, intent
+    return None if found is None else (number - 1, found)
+
+
+def process_start(pid: int) -> str | None:
+    """What tells a process from a later one with the same pid: its start time in clock ticks since boot (Linux); None if gone.
+
+    A zombie counts as gone.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def this_process() -> dict[str, Any]:
+    """Host, pid, start time and boot id of this process, for a start record."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_start": process_start(os.getpid()),
+        "boot_id": boot_id(),
+    }
+
+
+def is_this_host(start: dict[str, Any]) -> bool:
+    return bool(start["host"] == socket.gethostname() and start["boot_id"] == boot_id())
+
+
+def is_alive(start: dict[str, Any]) -> bool:
+    """Whether the process of a start record, started on this host since its last boot, still runs."""
+    return is_this_host(start) and process_start(start["pid"]) == start["process_start"] is not None
+
+
+@dataclass
+class Heartbeat:
+    """This process's heartbeat: a counter, and what it is working on (its claims, which are advice)."""
+
+    root: Path
+    slot: str
+    attempt: str
+    counter: int = 0
+
+    def beat(self, working_on: list[str]) -> None:
+        self.counter += 1
+        path = self.root / "heartbeats" / f"{self.slot}.json"
+        path.parent.mkdir(exist_ok=True)
+        body = {"attempt": self.attempt, "counter": self.counter, "working_on": working_on}
+        filesystem.replace(path, json.dumps(body).encode())
+
+
+@dataclass
+class Observer:
+    """Watches the heartbeats of others on this process's own monotonic clock."""
+
+    root: Path
+    patience: float  # seconds without a move of the counter after which a heartbeat is ignored
+    seen: dict[str, tuple[tuple[str, int], float]] = field(default_factory=dict)
+
+    def claimed(self, except_slot: str) -> set[str]:
+        """What the slots that seem alive, this one excepted, say they are working on."""
+        directory, claims = self.root / "heartbeats", set()
+        if not filesystem.refresh(directory):
+            return set()
+        for path in directory.glob("*.json"):
+            if path.stem == except_slot:
+                continue
+            try:
+                body = json.loads(path.read_bytes())
+                mark = (body["attempt"], body["counter"])
+            except (OSError, ValueError, KeyError):
+                continue  # being replaced, or not ours
+            now = time.monotonic()
+            if self.seen.get(path.stem, (None, 0.0))[0] != mark:
+                self.seen[path.stem] = (mark, now)
+            if now - self.seen[path.stem][1] < self.patience:
+                claims |= set(body["working_on"])
+        return claims

@@ -1,0 +1,237 @@
+"""A run directory: its identity, operations, incarnations, plan, and typed access to its records."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from toolkit import config as configuration
+from toolkit.config import Config
+from toolkit.errors import UserError
+from toolkit.exchange import layout, tables
+from toolkit.exchange.plan import Plan
+from toolkit.exchange.records import Manifest, Records, Superseded
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and leaf values of nested JSON values."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each dotted key in which two configurations differ."""
+    a, b = dict(flatten(old)), dict(flatten(new))
+    return [
+        f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)
+    ]
+
+
+class Run:
+    """One run as one attempt sees it. Use `Run.create` or `Run.open`."""
+
+    def __init__(self, root: Path, attempt: str, incarnation: int | None) -> None:
+        self.root = root
+        self.incarnation = incarnation
+        self.records = Records(root, attempt, self._guard)
+
+    @property
+    def attempt(self) -> str:
+        return self.records.attempt
+
+    # ---------------------------------------------------------------- making and opening
+
+    @classmethod
+    def create(cls, root: Path, config: Config, attempt: str) -> Run:
+        """Make the run directory, or re-open one that already holds this very run.
+
+        Raises:
+            UserError: the directory holds something else, or a run with another identity (the differing keys are named).
+        """
+        configuration.validate(config)
+        known = root.exists() and any(root.iterdir())
+        if known and not any(root.glob(f"{layout.IDENTITY.name}.g*.json")):
+            raise UserError(f"{root} is not empty and holds no run. Choose another directory: run=DIR")
+        root.mkdir(mode=0o777 & ~int(config.cluster.umask, 8), parents=True, exist_ok=True)
+        run = cls(root, attempt, None)
+        manifest, _ = run.records.publish(layout.IDENTITY, configuration.identity(config))
+        different = differences(manifest.attributes, configuration.identity(config))
+        if different:
+            raise UserError(
+                f"{root} already holds another run; its identity differs in:\n  " + "\n  ".join(different) + "\n"
+                "Choose another directory (run=DIR), or continue that run with: metaapo resume " + str(root)
+            )
+        run.set_operations(config)
+        if run.current_incarnation() is None:
+            run.records.publish(layout.opened(0), {})
+        return cls.open(root, attempt)
+
+    @classmethod
+    def open(cls, root: Path, attempt: str = "reader", incarnation: int | None = None) -> Run:
+        """Open an existing run.
+
+        Args:
+            incarnation: the incarnation this attempt belongs to; it publishes only while that is the current, open one.
+
+        Raises:
+            UserError: no run there, or one this user may not read.
+        """
+        try:
+            run = cls(Path(root), attempt, incarnation)
+            if run.records.find(layout.IDENTITY) is None:
+                raise UserError(f"{root} holds no run (no identity record). `metaapo launch run={root} ...` makes one.")
+        except PermissionError as error:
+            raise UserError(
+                f"{root} is not readable for this user ({error.strerror}); its owner can share it: cluster.umask"
+            ) from error
+        return run
+
+    # ---------------------------------------------------------------- configuration
+
+    @cached_property
+    def config(self) -> Config:
+        """Identity and the newest operations."""
+        identity = self.records.require(layout.IDENTITY).attributes
+        version = self.operations_version()
+        operations = self.records.require(layout.operations(version)).attributes if version is not None else {}
+        return configuration.build(Config, identity | operations)
+
+    def operations_version(self) -> int | None:
+        version = None
+        while self.records.find(layout.operations(0 if version is None else version + 1)) is not None:
+            version = 0 if version is None else version + 1
+        return version
+
+    def set_operations(self, config: Config) -> None:
+        """Append a version of the operations half, if it differs from the newest."""
+        wanted = configuration.operations(config)
+        version = self.operations_version()
+        if version is None or differences(self.records.require(layout.operations(version)).attributes, wanted):
+            self.records.publish(layout.operations(0 if version is None else version + 1), wanted)
+            self.__dict__.pop("config", None)
+
+    # ---------------------------------------------------------------- incarnations
+
+    def current_incarnation(self) -> int | None:
+        """The newest opened incarnation."""
+        number = None
+        while self.records.find(layout.opened(0 if number is None else number + 1)) is not None:
+            number = 0 if number is None else number + 1
+        return number
+
+    def closing(self, incarnation: int | None = None) -> Manifest | None:
+        """The record that closed an incarnation (default: the newest), or None while it is open.
+
+        Its attributes: ``outcome`` (finished, cancelled, failed) and ``reason``.
+        """
+        number = self.current_incarnation() if incarnation is None else incarnation
+        return self.records.find(layout.closed(number)) if number is not None else None
+
+    def close(self, outcome: str, reason: str) -> Manifest:
+        """Close the current incarnation: every job of it stops at its next look, and publishes nothing more."""
+        number = self.current_incarnation()
+        assert number is not None
+        writer = Records(self.root, self.attempt)
+        return writer.publish(layout.closed(number), {"outcome": outcome, "reason": reason})[0]
+
+    def reopen(self) -> int:
+        """Open the next incarnation, if the newest is closed."""
+        number = self.current_incarnation()
+        assert number is not None
+        if self.closing(number) is not None:
+            number += 1
+            Records(self.root, self.attempt).publish(layout.opened(number), {})
+        return number
+
+    def _guard(self) -> None:
+        if self.incarnation is not None and (closing := self.closing(self.incarnation)) is not None:
+            raise Superseded(
+                f"this attempt belongs to incarnation {self.incarnation}, which is over "
+                f"({closing.attributes['outcome']}: {closing.attributes['reason']}); nothing more is published for it"
+            )
+
+    # ---------------------------------------------------------------- data
+
+    @cached_property
+    def pairs_manifest(self) -> Manifest:
+        return self.records.require(layout.PAIRS)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The run's shape (needs the prepared pairs)."""
+        method = self.config.method
+        return Plan(
+            pairs_per_round=tuple(self.pairs_manifest.attributes["pairs_per_round"]),
+            gated=self.config.gated,
+            shard_size=method.shard_size,
+            global_batch=method.global_batch,
+            epochs=method.epochs,
+            meta_interval=method.meta.interval,
+            meta_remainder=method.meta.remainder == "update",
+            learns=self.config.learns,
+        )
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What travels with every record made of these pairs: digests of the tokenizer and the chat template."""
+        return {"digests": self.pairs_manifest.attributes["digests"]}
+
+    def pairs(self, round_index: int, shard: int) -> pa.Table:
+        """The prepared pairs of a shard (`tables.PAIRS`), verified."""
+        entry = self.pairs_manifest.file(f".round-{round_index:03d}.parquet")
+        return tables.read_parquet(self.records.verified(self.pairs_manifest, entry), shard)
+
+    def heldout(self) -> pa.Table:
+        """The held-out prompts (`tables.HELDOUT`), verified."""
+        entry = self.pairs_manifest.file(".heldout.parquet")
+        return tables.read_parquet(self.records.verified(self.pairs_manifest, entry))
+
+    # ---------------------------------------------------------------- progress
+
+    def newest_policy(self) -> int | None:
+        """The newest published policy version."""
+        version = None
+        while self.records.find(layout.policy(0 if version is None else version + 1)) is not None:
+            version = 0 if version is None else version + 1
+        return version
+
+    def finished(self) -> bool:
+        """Whether training is over: the last policy is published."""
+        return (
+            self.records.find(layout.PAIRS) is not None
+            and self.records.find(layout.policy(self.plan.rounds)) is not None
+        )
+
+
+def resolved(config: Config, base: Path) -> Config:
+    """``config`` with its local paths made absolute, so that jobs started elsewhere find them. Hub ids stay as they are."""
+
+    def absolute(path: str | None) -> str | None:
+        if path is None or (not (base / Path(path).expanduser()).exists() and not path.startswith((".", "/", "~"))):
+            return path
+        return str((base / Path(path).expanduser()).resolve())
+
+    replace = dataclasses.replace
+    return replace(
+        config,
+        data=replace(config.data, path=absolute(config.data.path) or ""),
+        model=replace(
+            config.model, policy=absolute(config.model.policy) or "", reference=absolute(config.model.reference)
+        ),
+        reward=replace(config.reward, model=absolute(config.reward.model)),
+        evaluation=replace(
+            config.evaluation,
+            reward=absolute(config.evaluation.reward),
+            metrics={name: replace(m, file=absolute(m.file) or "") for name, m in config.evaluation.metrics.items()},
+        ),
+        run=str((base / Path(config.run).expanduser()).absolute()),
+        replay_from=absolute(config.replay_from),
+    )

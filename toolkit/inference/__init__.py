@@ -1,0 +1,1 @@
+"""The inference worker: sampling, annotation, evaluation. The only importer of vllm."""

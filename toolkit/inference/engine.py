@@ -1,0 +1,298 @@
+"""vLLM as the worker sees it: a policy whose weights are reloaded in place and proven, and a reward model.
+
+Token ids in, token ids out. Both engines live in the worker's own process (with tensor parallelism, their shards in
+child processes), where starting the second one costs a second instead of half a minute. vLLM is imported when the first
+engine starts, since ``environment.prepare`` must come before.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.errors import UserError
+from toolkit.inference.settings import EngineSettings, SamplingSettings
+from toolkit.inference.weights import check_same_tensors, tensor_shapes
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+log = logging.getLogger(__name__)
+
+# How far vLLM's log-prob of a token may be from the trainer's, in nats: other kernels, other layout, same precision.
+TOKEN_TOLERANCE = {"float32": 3e-5, "float16": 0.0125, "bfloat16": 0.1}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A sequence with its response's summed log-prob (nats) by the trainer, by which loaded weights are recognised."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Response:
+    """A sampled response.
+
+    Attributes:
+        token_ids: as sampled; the token that ended it is the last one.
+        finish_reason: ``stop`` (a stop token), or ``length`` (cut by ``max_new_tokens`` or by the end of the context).
+        logprob: summed log-prob (nats) of the tokens under the policy itself: before temperature and top-p.
+    """
+
+    token_ids: list[int]
+    finish_reason: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Why the engine cannot take a prompt."""
+
+    reason: str
+
+
+class PolicyEngine:
+    """Samples from one policy at a time. Starts at the first ``load``; every further one takes the place of the last."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.policy: Path | None = None  # the folder whose weights are loaded and proven
+        self._llm: LLM | None = None
+        self._shapes: dict[str, tuple[int, ...]] | None = None  # of a proven policy
+
+    def load(self, folder: Path, probes: Sequence[Probe]) -> None:
+        """Take the weights of a policy, forget every cached prefix, and prove by the probes that it is this policy.
+
+        After a failure nothing is loaded: the engine samples again once a ``load`` succeeds.
+
+        Raises:
+            UserError: the folder's weights are unreadable, incomplete or not finite, or they are not those that the
+                trainer probed.
+        """
+        self.policy = None
+        shapes = tensor_shapes(folder)
+        if self._shapes is not None:
+            check_same_tensors(folder, shapes, self._shapes)
+        if self._llm is None:
+            self._llm = _start(folder, self.settings, skip_tokenizer_init=True, enable_prefix_caching=True)
+        else:
+            self._reload(self._llm, folder)
+        self._prove(folder, probes)
+        self._shapes, self.policy = shapes, folder
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        stop_token_ids: Sequence[int],
+    ) -> list[list[Response] | Rejected]:
+        """One response for each prompt and seed.
+
+        A response depends on its prompt and seed alone, not on what else is sampled (on a GPU: up to rounding).
+
+        Args:
+            prompts: token ids of each prompt.
+            seeds: for each prompt, the seeds of its responses.
+            stop_token_ids: what ends a response; nothing else does, but its length.
+
+        Returns:
+            For each prompt its responses in the order of the seeds, or why the engine cannot take it.
+
+        Raises:
+            UserError: the policy gives log-probs that are not finite.
+        """
+        llm = self._require(loaded=True)
+        model = llm.llm_engine.model_config
+        context, vocabulary = model.max_model_len, model.get_vocab_size()
+        refusals = [refusal(prompt, vocabulary, context - 1) for prompt in prompts]
+        wanted = [(index, seed) for index, reason in enumerate(refusals) if reason is None for seed in seeds[index]]
+        # vLLM would shorten max_tokens silently as well; `length` means both.
+        outputs = self._generate(
+            [prompts[index] for index, _ in wanted],
+            [
+                {
+                    "temperature": settings.temperature,
+                    "top_p": settings.top_p,
+                    "max_tokens": min(settings.max_new_tokens, context - len(prompts[index])),
+                    "seed": seed,
+                    "stop_token_ids": list(stop_token_ids),
+                    "ignore_eos": True,  # the stop set is ours, not the generation config's
+                    "logprobs": 0,
+                }
+                for index, seed in wanted
+            ],
+        )
+        results: list[list[Response] | Rejected] = [[] if reason is None else Rejected(reason) for reason in refusals]
+        for (index, _), output in zip(wanted, outputs, strict=True):
+            [completion] = output.outputs
+            if completion.finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM ended a response with {completion.finish_reason!r}; expected stop or length")
+            if not math.isfinite(completion.cumulative_logprob):
+                raise UserError(f"policy {self.policy} gives log-probs that are not finite; its weights are broken")
+            results[index].append(  # type: ignore[union-attr]
+                Response(list(completion.token_ids), completion.finish_reason, completion.cumulative_logprob)
+            )
+        return results
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> list[float]:
+        """Summed log-prob (nats) of each sequence's tokens after its prompt, under the policy loaded.
+
+        Args:
+            sequences: token ids of prompt and response, shorter than ``max_model_len`` (vLLM wants room for one more).
+            prompt_lengths: tokens of each prompt, at least 1.
+        """
+        self._require(loaded=True)
+        return self._logprobs(sequences, prompt_lengths)
+
+    def _logprobs(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> list[float]:
+        asked = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        outputs = self._generate(sequences, [asked] * len(sequences))
+        # With prompt_logprobs=0 there is exactly one entry a position, of the token that stands there.
+        return [
+            math.fsum(entry.logprob for at in list(output.prompt_logprobs)[length:] for entry in at.values())
+            for output, length in zip(outputs, prompt_lengths, strict=True)
+        ]
+
+    def _generate(self, prompts: Sequence[Sequence[int]], options: Sequence[dict[str, Any]]) -> list[Any]:
+        """vLLM's outputs, one for each prompt, in order."""
+        if not prompts:
+            return []
+        from vllm import SamplingParams, TokensPrompt
+
+        # An engine that fails inside a step never returns from the next one: then it is given up, and the next load starts another.
+        llm, self._llm = self._require(), None
+        outputs = llm.generate(
+            [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
+            [SamplingParams(**option, detokenize=False, flat_logprobs=True) for option in options],
+            use_tqdm=False,
+        )
+        self._llm = llm
+        return outputs
+
+    def _require(self, loaded: bool = False) -> LLM:
+        if self._llm is None or (loaded and self.policy is None):
+            raise RuntimeError("no policy is loaded: PolicyEngine.load comes first, and must have succeeded")
+        return self._llm
+
+    def _reload(self, llm: LLM, folder: Path) -> None:
+        try:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        except Exception as error:  # whatever a loader raises, the engine takes good weights afterwards
+            raise UserError(f"vLLM cannot load the weights in {folder}: {type(error).__name__}: {error}") from error
+        # Without this, tokens computed with the old weights are used again, silently.
+        if not llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+
+    def _prove(self, folder: Path, probes: Sequence[Probe]) -> None:
+        model = self._require().llm_engine.model_config
+        dtype = str(model.dtype).removeprefix("torch.")
+        fitting = [p for p in probes if len(p.prompt_ids) + len(p.response_ids) < model.max_model_len]
+        if not fitting:
+            raise UserError(
+                f"policy {folder}: none of its {len(probes)} probe(s) is shorter than the engine's context of "
+                f"{model.max_model_len} tokens, so what it loads cannot be proven. Raise inference.max_model_len"
+            )
+        found = self._logprobs([p.prompt_ids + p.response_ids for p in fitting], [len(p.prompt_ids) for p in fitting])
+        for index, (probe, logprob) in enumerate(zip(fitting, found, strict=True)):
+            # Rounding errors of tokens are close to independent: they add up like a random walk.
+            tolerance = TOKEN_TOLERANCE[dtype] * math.sqrt(len(probe.response_ids))
+            if not abs(logprob - probe.logprob) <= tolerance:  # so that NaN fails
+                raise UserError(
+                    f"policy {folder}: the weights that vLLM loaded are not those that the trainer probed. Probe {index}: "
+                    f"expected a summed log-prob of {probe.logprob:.6f}, got {logprob:.6f} (tolerance {tolerance:.2g} in "
+                    f"{dtype}). The files are damaged, of another version, or their weights are not finite; "
+                    "`metaapo verify` checks every byte"
+                )
+
+
+class RewardEngine:
+    """A sequence classifier with one label as reward model, by vLLM's pooling runner.
+
+    Raises:
+        UserError: the folder holds no such model.
+    """
+
+    def __init__(self, folder: Path, settings: EngineSettings) -> None:
+        tensor_shapes(folder)  # readable at all
+        self._llm = _start(folder, settings, runner="pooling")
+        model = self._llm.llm_engine.model_config
+        if "classify" not in self._llm.supported_tasks or model.hf_config.num_labels != 1:
+            raise UserError(
+                f"{folder} ({', '.join(model.architectures)}, {model.hf_config.num_labels} labels) is no reward model; "
+                "expected a sequence classifier with one label, LlamaForSequenceClassification for one"
+            )
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The reward of each conversation, given as token ids: the raw logit, not its sigmoid.
+
+        Equal sequences get equal rewards. NaN: the model cannot take the sequence (empty, longer than the context, an
+        unknown id), which is logged, or its logit is not finite.
+        """
+        from vllm import PoolingParams, TokensPrompt
+
+        model = self._llm.llm_engine.model_config
+        refusals = {ids: refusal(ids, model.get_vocab_size(), model.max_model_len) for ids in map(tuple, sequences)}
+        if reasons := [reason for reason in refusals.values() if reason is not None]:
+            log.warning("%d of %d conversations have no reward; the first: %s", len(reasons), len(refusals), reasons[0])
+        rewards = dict.fromkeys(refusals, math.nan)
+        if taken := [ids for ids, reason in refusals.items() if reason is None]:
+            outputs = self._llm.classify(
+                [TokensPrompt(prompt_token_ids=list(ids)) for ids in taken],
+                pooling_params=PoolingParams(use_activation=False),
+                use_tqdm=False,
+            )
+            for ids, output in zip(taken, outputs, strict=True):
+                [logit] = output.outputs.probs
+                rewards[ids] = logit if math.isfinite(logit) else math.nan
+        return [rewards[tuple(ids)] for ids in sequences]
+
+
+def refusal(token_ids: Sequence[int], vocabulary: int, longest: int) -> str | None:
+    """Why an engine cannot take ``token_ids``, or None. In vLLM one such sequence fails, or hangs, the whole batch."""
+    if not token_ids:
+        return "it has no tokens"
+    if len(token_ids) > longest:
+        return f"{len(token_ids)} tokens; the engine's context has room for {longest}"
+    if strange := [token for token in (min(token_ids), max(token_ids)) if not 0 <= token < vocabulary]:
+        return f"token id {strange[0]} is outside the model's vocabulary of {vocabulary}"
+    return None
+
+
+def _start(folder: Path, settings: EngineSettings, **options: Any) -> LLM:
+    """A vLLM engine on a model folder. Raises UserError if vLLM refuses folder or settings."""
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        if settings.kv_cache_gib is None:
+            raise UserError("inference.kv_cache_gib must be set on a machine without a GPU, 0.25 for a small model")
+        options["enforce_eager"] = True
+        if options.get("runner") != "pooling":
+            # A seeded request whose prompt is computed in two steps crashes the engine: its random generator is to be
+            # set back, which torch's CPU generator cannot do.
+            options["enable_chunked_prefill"] = False
+    if settings.kv_cache_gib is not None:
+        options["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
+    try:
+        return LLM(
+            model=str(folder),
+            dtype=settings.dtype,  # type: ignore[arg-type]
+            max_model_len=settings.max_model_len,
+            tensor_parallel_size=settings.tensor_parallel,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            load_format="safetensors",  # never a pickle
+            generation_config="vllm",  # no sampling defaults from the folder
+            logprobs_mode="raw_logprobs",
+            use_tqdm_on_load=False,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"vLLM cannot start from {folder} with {settings}: {error}") from error

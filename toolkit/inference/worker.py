@@ -1,0 +1,263 @@
+"""The inference worker's loop: annotate what is sampled, sample what is asked, evaluate what is new. Workers share by claims, which
+are advice: two that do the same shard publish the same record, and the second one's is garbage.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+
+from toolkit.data.template import ChatTokenizer, RewardTokenizer
+from toolkit.exchange import hints, layout
+from toolkit.exchange.jobs import Heartbeat, Observer
+from toolkit.exchange.records import Manifest, Ref
+from toolkit.exchange.retention import is_deleted
+from toolkit.exchange.run import Run
+from toolkit.inference.annotation import annotate_shard
+from toolkit.inference.engine import PolicyEngine, Probe, RewardEngine
+from toolkit.inference.evaluation import evaluate_policy, load_metric
+from toolkit.inference.sampling import sample_shard
+from toolkit.inference.settings import EngineSettings, SamplingSettings
+from toolkit.reporting.metrics import MetricsWriter
+from toolkit.signals import StopFlag
+
+WINDOW = 64  # shards looked at in one turn
+
+
+class Worker:
+    """Works on a run until it is closed. Holds one policy engine and one engine per reward model, started when first needed."""
+
+    def __init__(self, run: Run, slot: str, stop: StopFlag) -> None:
+        self.run, self.slot, self.stop = run, slot, stop
+        self.config = run.config
+        self.does = set(self.config.inference.does)
+        self.metrics = MetricsWriter(run.root, slot, run.attempt)
+        self.heartbeat = Heartbeat(run.root, slot, run.attempt)
+        self.observer = Observer(run.root, 4 * self.config.inference.heartbeat)
+        self.working_on: list[str] = []
+        self.version: int | None = None  # of the policy loaded
+        self.newest = -1
+        self.open: tuple[int, list[int]] = (-1, [])  # a round and its shards not known to be done
+        self.rewards: dict[str, tuple[RewardEngine, RewardTokenizer]] = {}
+
+    def work(self) -> str:
+        """The loop. Returns ``done``, ``saved`` or ``starved``."""
+        threading.Thread(target=self._beat, daemon=True).start()
+        busy = time.monotonic()
+        while not self.stop.is_set():
+            if self.run.closing(self.run.incarnation) is not None:
+                return "done"
+            if self._turn():
+                busy = time.monotonic()
+            elif time.monotonic() - busy > self.config.inference.idle_exit:
+                return "starved"
+            else:
+                self.stop.sleep(self.config.inference.poll)
+        return "saved"
+
+    def _beat(self) -> None:
+        while not self.stop.is_set():
+            self.heartbeat.beat(self.working_on)
+            self.stop.sleep(self.config.inference.heartbeat)
+
+    def _turn(self) -> bool:
+        """Do one piece of work. False if there is none."""
+        if self.run.records.find(layout.PAIRS) is None:
+            return False
+        while self.run.records.find(layout.policy(self.newest + 1)) is not None:
+            self.newest += 1
+        if self.newest < 0:
+            return False
+        claimed = self.observer.claimed(self.slot)
+        for ref, action in self._candidates():
+            if str(ref) not in claimed:
+                with self._claim(ref):
+                    action()
+                return True
+        return False
+
+    @contextmanager
+    def _claim(self, ref: Ref) -> Iterator[None]:
+        self.working_on = [str(ref)]
+        self.heartbeat.beat(self.working_on)
+        try:
+            yield
+        finally:
+            self.working_on = []
+
+    def _candidates(self) -> Iterator[tuple[Ref, Callable[[], None]]]:
+        """What could be done now, the most wanted first: what lies sampled, what the trainer waits for, then evaluation."""
+        index = self.newest
+        if index < self.run.plan.rounds and self.run.plan.gated[index]:
+            annotate, sample = self._open_shards(index)
+            if "annotate" in self.does:
+                for shard in annotate:
+                    yield layout.annotations(index, shard), lambda shard=shard: self._annotate(index, shard)
+            if "sample" in self.does:
+                for shard in sample:
+                    yield layout.responses(index, shard), lambda shard=shard: self._sample(index, shard)
+        if "evaluate" in self.does and self.config.evaluation_reward is not None:
+            versions = sorted(range(self.newest + 1), key=lambda version: (version != self.version, version))
+            for version in versions:
+                ref = layout.evaluation(version)
+                if self.run.records.find(ref) is None and not is_deleted(self.run, layout.policy(version)):
+                    yield ref, lambda version=version: self._evaluate(version)
+
+    def _open_shards(self, index: int) -> tuple[list[int], list[int]]:
+        """Shards of the round to annotate and to sample, oldest first; the sidecar's hint saves looking for them."""
+        if self.open[0] != index:
+            self.open = (index, list(range(self.run.plan.shards(index))))
+        hint, find = hints.frontier(self.run.root), self.run.records.find
+        hinted = [*hint["annotate"], *hint["sample"]] if hint.get("round") == index else []
+        annotate, sample = [], []
+        for shard in (hinted or self.open[1])[:WINDOW]:
+            requests = find(layout.requests(index, shard))
+            if requests is None:
+                continue
+            if requests.attributes["sampled"] == 0 or find(layout.annotations(index, shard)) is not None:
+                self.open[1].remove(shard) if shard in self.open[1] else None
+            elif find(layout.responses(index, shard)) is not None:
+                annotate.append(shard)
+            else:
+                sample.append(shard)
+        return annotate, sample
+
+    # ------------------------------------------------------------------------------------ the three kinds of work
+
+    def _sample(self, index: int, shard: int) -> None:
+        policy = self._load(index)
+        started = time.monotonic()
+        requests = self.run.records.require(layout.requests(index, shard))
+        table = sample_shard(
+            self.run.records.table(requests),
+            self.run.pairs(index, shard),
+            self.engine,
+            self.sampling,
+            self.config.seed,
+            index,
+            self.tokenizer.stop_ids,
+            self.tokenizer.decode,
+        )
+        attributes = {"round": index, "shard": shard, "policy": policy.digest, "version": index, **self.run.provenance}
+        self.run.records.publish(layout.responses(index, shard), attributes, table=table)
+        tokens = sum(len(ids) for ids in table["token_ids"].to_pylist())
+        self.metrics.write(
+            "sample",
+            round=index,
+            shard=shard,
+            prompts=requests.attributes["sampled"],
+            responses=table.num_rows,
+            tokens=tokens,
+            seconds=time.monotonic() - started,
+        )
+
+    def _annotate(self, index: int, shard: int) -> None:
+        assert self.config.reward.model is not None
+        engine, tokenizer = self._reward(self.config.reward.model)
+        started = time.monotonic()
+        responses = self.run.records.require(layout.responses(index, shard))
+        table = annotate_shard(
+            self.run.records.table(responses),
+            self.run.pairs(index, shard),
+            engine,
+            tokenizer.render_for_reward,
+            self.config.method.sampling.allow_truncated,
+        )
+        outcomes = dict(Counter(table["outcome"].to_pylist()))
+        attributes = {
+            "round": index,
+            "shard": shard,
+            "responses": responses.digest,
+            "reward": {"model": self.config.reward.model, "digests": tokenizer.digests},
+            "outcomes": outcomes,
+            **self.run.provenance,
+        }
+        self.run.records.publish(layout.annotations(index, shard), attributes, table=table)
+        self.metrics.write("annotate", round=index, shard=shard, outcomes=outcomes, seconds=time.monotonic() - started)
+
+    def _evaluate(self, version: int) -> None:
+        assert self.config.evaluation_reward is not None
+        policy = self._load(version)
+        engine, tokenizer = self._reward(self.config.evaluation_reward)
+        started = time.monotonic()
+        metrics = {
+            name: load_metric(Path(metric.file), metric.function)
+            for name, metric in self.config.evaluation.metrics.items()
+        }
+        evaluation = self.config.evaluation
+        settings = SamplingSettings(
+            1, evaluation.temperature, evaluation.top_p, self.config.method.sampling.max_new_tokens
+        )
+        table = evaluate_policy(
+            self.run.heldout(),
+            self.engine,
+            engine,
+            settings,
+            self.config.seed,
+            self.tokenizer.stop_ids,
+            self.tokenizer.decode,
+            tokenizer.render_for_reward,
+            metrics,
+        )
+        attributes = {
+            "version": version,
+            "policy": policy.digest,
+            "reward": {"model": self.config.evaluation_reward, "digests": tokenizer.digests},
+            **self.run.provenance,
+        }
+        self.run.records.publish(layout.evaluation(version), attributes, table=table)
+        self._note_evaluation(version, table, time.monotonic() - started)
+
+    def _note_evaluation(self, version: int, table: pa.Table, seconds: float) -> None:
+        tokens = sum(len(ids) for ids in table["token_ids"].to_pylist())
+        self.metrics.write("evaluate", version=version, prompts=table.num_rows, tokens=tokens, seconds=seconds)
+
+    # ------------------------------------------------------------------------------------ models
+
+    @cached_property
+    def tokenizer(self) -> ChatTokenizer:
+        return ChatTokenizer(self.config.model.policy, self.config.model.template_arguments)
+
+    @cached_property
+    def engine_settings(self) -> EngineSettings:
+        inference = self.config.inference
+        return EngineSettings(
+            dtype=inference.dtype,
+            max_model_len=inference.max_model_len,
+            tensor_parallel=inference.tensor_parallel,
+            kv_cache_gib=inference.kv_cache_gib,
+            gpu_memory_utilization=inference.gpu_memory_utilization,
+        )
+
+    @cached_property
+    def engine(self) -> PolicyEngine:
+        return PolicyEngine(self.engine_settings)
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        sampling = self.config.method.sampling
+        return SamplingSettings(sampling.samples, sampling.temperature, sampling.top_p, sampling.max_new_tokens)
+
+    def _load(self, version: int) -> Manifest:
+        """Have a policy's weights in the engine, verified by digest and proven by its probes."""
+        manifest = self.run.records.require(layout.policy(version))
+        if self.version != version:
+            started = time.monotonic()
+            self.version = None
+            paths = [self.run.records.verified(manifest, entry) for entry in manifest.files]
+            self.engine.load(paths[0].parent, [Probe(**probe) for probe in manifest.attributes["probes"]])
+            self.version = version
+            self.metrics.write("load", version=version, seconds=time.monotonic() - started)
+        return manifest
+
+    def _reward(self, folder: str) -> tuple[RewardEngine, RewardTokenizer]:
+        if folder not in self.rewards:
+            self.rewards[folder] = RewardEngine(Path(folder), self.engine_settings), RewardTokenizer(folder)
+        return self.rewards[folder]

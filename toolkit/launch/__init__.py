@@ -1,0 +1,1 @@
+"""Launching: cluster profiles, job adapters, advance and supervise, status. Imports no torch."""

@@ -1,0 +1,188 @@
+"""Launching, cancelling and resuming a run, and watching it from a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolkit import config as configuration
+from toolkit.config import Config
+from toolkit.errors import UserError
+from toolkit.exchange import hints, layout
+from toolkit.exchange.run import Run
+from toolkit.launch.adapter import adapter
+from toolkit.launch.preflight import preflight
+from toolkit.launch.replay import import_records
+from toolkit.launch.supervise import attempts, slots
+from toolkit.launch.tick import Tick
+from toolkit.reporting import status
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CANCEL_PATIENCE = 180.0  # seconds that roles get to save and leave before they are killed
+
+
+def create(config: Config) -> Run:
+    """Check everything that can be checked before anything is spent, and make (or re-open) the run directory."""
+    configuration.validate(config)
+    preflight(config)
+    run = Run.create(Path(config.run), config, "launch")
+    if config.replay_from is not None:
+        import_records(Run.open(Path(config.replay_from)), run)
+    return run
+
+
+def prepare(run: Run, console: Console) -> None:
+    """Prepare the run's pairs here, if nobody did: mistakes in the data show before anything is spent."""
+    if run.records.find(layout.PAIRS) is not None:
+        return
+    try:
+        from toolkit.data.publish import prepare_run
+    except ImportError:
+        console.print("the data will be prepared by the trainer (its packages are not installed here)")
+        return
+    from rich.progress import Progress
+
+    with Progress(*Progress.get_default_columns()[:1], "{task.completed} rows", console=console, transient=True) as bar:
+        task = bar.add_task("preparing pairs", total=None)
+        manifest = prepare_run(run, lambda rows: bar.update(task, completed=rows))
+    counts = manifest.attributes["counts"]
+    dropped = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items()) or "none"
+    console.print(
+        f"prepared {counts['pairs']} pairs in rounds of {manifest.attributes['pairs_per_round']} and {counts['heldout']} held-out "
+        f"prompts from {counts['rows']} rows; dropped: {dropped}"
+    )
+
+
+def tick(run: Run) -> None:
+    """Do once what keeps a run going."""
+    ticking = Tick(run, adapter(run.config))
+    ticking.supervise()
+    ticking.advance()
+
+
+def start(run: Run) -> None:
+    """Submit the roles and return."""
+    tick(run)
+
+
+def follow(run: Run, show: Callable[[dict], None], every: float = 1.0) -> str:
+    """Keep a run going from this process until it is closed, showing its status.
+
+    Returns:
+        The outcome: finished, failed or cancelled.
+    """
+    ticking = Tick(run, adapter(run.config))
+    supervised = -1e9
+    while True:
+        if time.monotonic() - supervised >= run.config.sidecar.supervise:
+            with contextlib.suppress(UserError):  # the run is closed with the reason, which is shown below
+                ticking.supervise()
+            supervised = time.monotonic()
+        ticking.advance()
+        show(hints.status(run.root))
+        closing = run.closing()
+        if closing is not None:
+            wait_for_roles(run, CANCEL_PATIENCE)
+            ticking.supervise()
+            ticking.advance()
+            show(hints.status(run.root))
+            return str(closing.attributes["outcome"])
+        time.sleep(every)
+
+
+def follow_live(run: Run, console: Console) -> str:
+    """`follow` with a live table on a terminal, or a line now and then elsewhere."""
+    if not console.is_terminal:
+        seen = [""]
+
+        def line(found: dict) -> None:
+            text = status.line(found)
+            if text != seen[0]:
+                seen[0] = text
+                console.print(text, soft_wrap=True)
+
+        return follow(run, line)
+    from rich.live import Live
+
+    with Live(console=console, refresh_per_second=4) as live:
+        return follow(run, lambda found: live.update(status.render(found, 0.0)))
+
+
+def dry_run(config: Config, console: Console) -> None:
+    """Say what a launch would start and write; start nothing."""
+    from toolkit.launch.estimate import estimate
+
+    configuration.validate(config)
+    preflight(config)
+    console.print(f"run directory: {config.run}" + (" (exists)" if Path(config.run).exists() else ""))
+    for job in planned_jobs(config):
+        console.print(f"  {job}")
+    for sentence in estimate(config):
+        console.print(sentence)
+
+
+def planned_jobs(config: Config) -> list[str]:
+    """A line a job that a launch would start."""
+    lines = []
+    for slot in slots(config):
+        tasks = config.trainer.tensor * config.trainer.pipeline * config.trainer.data if slot == "trainer" else 1
+        role = {"trainer": config.trainer, "sidecar": config.sidecar}.get(slot, config.inference)
+        python = role.python or sys.executable
+        lines.append(
+            f"{slot}: {tasks} process(es), {python} -u -m submitit.core._submit {config.run}/logs/{slot}/0000-<attempt>"
+        )
+    return lines
+
+
+def living(run: Run) -> list[str]:
+    """Ids of this run's attempts that may still have processes."""
+    every = [attempt for slot in slots(run.config) for attempt in attempts(run, slot)[-2:]]
+    states = adapter(run.config).states([attempt.id for attempt in every])
+    return [name for name, state in states.items() if state.value in ("pending", "running")]
+
+
+def wait_for_roles(run: Run, patience: float) -> None:
+    """Wait until no attempt of the run is left; those that do not leave in time are killed."""
+    scheduler, deadline = adapter(run.config), time.monotonic() + patience
+    while left := living(run):
+        scheduler.cancel(left, kill=time.monotonic() > deadline)
+        if time.monotonic() > deadline + 60:
+            raise UserError(
+                f"{len(left)} attempt(s) of {run.root} do not end although they were killed: {', '.join(left)}"
+            )
+        time.sleep(0.5)
+
+
+def cancel(run: Run) -> int:
+    """Close the incarnation, stop its jobs (they save first), and prove that none is left.
+
+    Returns:
+        How many attempts were living.
+    """
+    if run.closing() is None:
+        run.close("cancelled", "metaapo cancel")
+    found = len(living(run))
+    wait_for_roles(run, CANCEL_PATIENCE)
+    return found
+
+
+def resume(run: Run, config: Config) -> int:
+    """Open the next incarnation with possibly changed operations. Returns its number.
+
+    Raises:
+        UserError: the run is finished.
+    """
+    preflight(config)
+    closing = run.closing()
+    if closing is not None and closing.attributes["outcome"] == "finished":
+        raise UserError(f"{run.root} is finished; there is nothing to resume. `metaapo report {run.root}` shows it.")
+    if closing is not None:
+        wait_for_roles(run, CANCEL_PATIENCE)
+    run.set_operations(config)
+    return run.reopen()

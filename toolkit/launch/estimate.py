@@ -1,0 +1,50 @@
+"""What a run will write and spend, from its configuration alone: for ``launch --dry-run``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from toolkit.config import Config
+
+
+def weight_bytes(folder: str) -> int:
+    """Bytes of a model folder's safetensors."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def parameters(folder: str) -> int:
+    """Parameters of a model folder: elements of its safetensors, read from their headers."""
+    count = 0
+    for path in Path(folder).glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                elements = 1
+                for size in entry["shape"]:
+                    elements *= size
+                count += elements
+    return count
+
+
+def estimate(config: Config) -> list[str]:
+    """Sentences about disk space and processes."""
+    count = parameters(config.model.policy)
+    width = 4 if config.model.dtype == "float32" else 2
+    optimizer = 8 if width == 4 else 12  # two fp32 moments, and an fp32 copy where weights are bf16
+    checkpoint, policy = count * (width + optimizer), count * width
+    rounds = len(config.gated)
+    kept_policies = min(rounds + 1, config.retention.policies + 2)
+    peak = checkpoint * (config.retention.checkpoints + 1) + policy * kept_policies
+    trainer = config.trainer
+    devices = trainer.tensor * trainer.pipeline * trainer.data
+    workers = config.inference.workers * config.inference.tensor_parallel if config.needs_workers else 0
+    bound = config.cluster.time_minutes / 60
+    return [
+        f"{count / 1e6:,.1f} M parameters; {rounds} rounds",
+        f"disk: a checkpoint {checkpoint / 2**30:.2f} GiB, a policy {policy / 2**30:.2f} GiB, at most {peak / 2**30:.2f} GiB at a time "
+        f"(retention.checkpoints={config.retention.checkpoints}, retention.policies={config.retention.policies})",
+        f"devices: {devices} for the trainer, {workers} for inference; one attempt of each is bounded by "
+        f"{(devices + workers) * bound:,.1f} device-hours ({bound:g} h wall time)",
+    ]

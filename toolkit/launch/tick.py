@@ -1,0 +1,45 @@
+"""The tick: everything that keeps a run going, for whoever calls it: the sidecar's loop, a launcher in the foreground, a person, cron."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from toolkit.exchange import hints, layout
+from toolkit.exchange.reports import condemn_reported
+from toolkit.exchange.retention import collect_garbage
+from toolkit.exchange.run import Run
+from toolkit.launch.adapter import Adapter
+from toolkit.launch.supervise import describe, supervise
+from toolkit.reporting import status
+
+
+class Tick:
+    """`advance` acts on records only and may be called every few seconds; `supervise` also asks the scheduler."""
+
+    def __init__(self, run: Run, adapter: Adapter) -> None:
+        self.run, self.adapter = run, adapter
+        self.jobs: list[dict[str, Any]] = []
+        self._status: dict[str, Any] = {}
+
+    def advance(self) -> None:
+        """Condemn what is damaged, remove what nobody needs, close a run that is complete, write the status."""
+        condemn_reported(self.run)
+        collect_garbage(self.run)
+        if self.run.closing() is None and is_complete(self.run):
+            self.run.close("finished", "every round is trained and every policy evaluated")
+        self._status = status.collect(self.run, self.jobs, self._status)
+        hints.set_status(self.run.root, self._status)
+
+    def supervise(self) -> None:
+        """Bury the dead, submit what is due. Raises UserError when the run cannot go on."""
+        self.jobs = describe(supervise(self.run, self.adapter))
+
+
+def is_complete(run: Run) -> bool:
+    """Whether the last policy is published and, where there are workers that evaluate, every policy is evaluated."""
+    if not run.finished():
+        return False
+    evaluates = run.config.needs_workers and run.config.replay_from is None and "evaluate" in run.config.inference.does
+    if not evaluates or run.config.evaluation_reward is None:
+        return True
+    return all(run.records.find(layout.evaluation(version)) is not None for version in range(run.plan.rounds + 1))

@@ -1,0 +1,1 @@
+"""Metrics, the status table, plots and the HTML report."""

@@ -1,0 +1,180 @@
+"""Megatron distributed checkpoints (format ``torch_dist``) of weights, optimizer and schedule, for any layout.
+
+Own content, Megatron's mechanism: for each parameter its weight, Adam's moments and (in bf16) the fp32 master copy, all
+of the whole parameter's shape. So a checkpoint can be read with other tensor, pipeline and data sizes, and with or
+without the distributed optimizer; ``DistributedOptimizer.sharded_state_dict`` of megatron-core 0.16.1 could not
+(it fails with torch's Adam, or quietly shares one step counter among all parameters).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter, save_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+
+from toolkit.training.collective import raise_together
+from toolkit.training.optimizer import MOMENTS, PolicyOptimizer
+
+FORMAT = 1
+
+
+class _SynchronousSave(SaveShardedStrategy):
+    """Writes in this process. Megatron's own strategy forks writers and spawns a manager even for a synchronous save:
+    slower, and it hangs for ever if one of them dies."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        writer = FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True, thread_count=1)
+        save_state_dict(mcore_to_pyt_state_dict(flat, False), writer, planner=planner)
+
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
+
+def save(
+    directory: Path,
+    model: GPTModel,
+    optimizer: PolicyOptimizer,
+    common: Mapping[str, Any],
+    extra: Mapping[str, Tensor] | None,
+) -> list[str]:
+    """Write a checkpoint into an existing empty directory; returns the files that this rank wrote, without path.
+
+    A collective call. ``common`` holds plain values that are the same on all ranks; ``extra`` tensors for each of this
+    rank's parameters, by name, kept beside the weights.
+
+    Raises:
+        UserError: on every rank, if the directory isn't empty or can't be written.
+    """
+    problem = None
+    if dist.get_rank() == 0 and (not directory.is_dir() or any(directory.iterdir())):
+        problem = f"cannot save a checkpoint in {directory}: expected an existing empty directory"
+    raise_together(problem)
+    content = _content(model, optimizer, extra)
+    for name, parameter in model.named_parameters():
+        for kind, whole in _whole_state(optimizer, parameter).items():
+            if kind in content:
+                content[kind][name] = _like(content["model"][name], kind, whole)
+    content["common"] = {**common, "format": FORMAT, "steps": optimizer.steps, "extra": _dtype(extra)}
+    try:
+        dist_checkpointing.save(content, str(directory), sharded_strategy=_SynchronousSave())
+    except (OSError, CheckpointException, CheckpointingException) as error:
+        problem = f"could not write the checkpoint in {directory}: {_cause(error)}"
+    raise_together(problem)
+    mine = (f"__{dist.get_rank()}_", *(("common.pt", "metadata.json", ".metadata") if dist.get_rank() == 0 else ()))
+    return sorted(path.name for path in directory.iterdir() if path.name.startswith(mine))
+
+
+def restore(
+    directory: Path, model: GPTModel, optimizer: PolicyOptimizer
+) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """Set weights and optimizer from a checkpoint; returns (common values, extra tensors or None).
+
+    A collective call. The layout may differ from the one that saved.
+
+    Raises:
+        UserError: on every rank, if the checkpoint is missing, damaged, of another model or of a newer format.
+    """
+    problem, common, loaded, extra = None, {}, {}, None
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(directory))["common"]
+        if common["format"] > FORMAT:
+            problem = f"checkpoint {directory} has format {common['format']}, newer than {FORMAT}; update the toolkit"
+    except (OSError, CheckpointingException, KeyError, RuntimeError) as error:
+        problem = f"{directory} holds no readable checkpoint: {_cause(error)}"
+    raise_together(problem)
+    parameters = dict(model.named_parameters())
+    if common["extra"]:
+        dtype = getattr(torch, common["extra"])
+        extra = {name: torch.empty_like(parameter, dtype=dtype) for name, parameter in parameters.items()}
+    content = _content(model, optimizer, extra)
+    for kind in content.keys() - {"model", "extra"}:
+        for name, parameter in parameters.items():
+            whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+            content[kind][name] = _like(content["model"][name], kind, whole)
+    try:
+        loaded = dist_checkpointing.load(content, str(directory))
+    except (OSError, CheckpointException, CheckpointingException, KeyError, RuntimeError) as error:
+        problem = f"could not read the checkpoint {directory} into this model: {_cause(error)}"
+    raise_together(problem)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(loaded["model"][name])
+            part, state = optimizer.state(parameter)
+            for kind in loaded.keys() & state.keys():
+                state[kind].copy_(loaded[kind][name].flatten()[part])
+    optimizer.steps = common["steps"]
+    return common, {name: tensor.cpu() for name, tensor in loaded["extra"].items()} if extra else None
+
+
+def _content(
+    model: GPTModel, optimizer: PolicyOptimizer, extra: Mapping[str, Tensor] | None
+) -> dict[str, dict[str, Any]]:
+    """The sharded state dict, with the weights and the extra tensors filled in. In fp32 the weights are the master copy."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    sharded = model.sharded_state_dict(metadata={"dp_cp_group": group})
+    content: dict[str, dict[str, Any]] = {"model": {name: sharded[name] for name, _ in model.named_parameters()}}
+    content.update({kind: {} for kind in MOMENTS})
+    if model.config.params_dtype != torch.float32:
+        content["main"] = {}
+    if extra is not None:
+        content["extra"] = {name: _like(content["model"][name], "extra", tensor) for name, tensor in extra.items()}
+    return content
+
+
+def _like(weight: Any, kind: str, tensor: Tensor) -> Any:
+    """``tensor`` sharded as ``weight`` is, under a key of its own."""
+    changes = {"key": f"{kind}.{weight.key}", "data": tensor}
+    if not isinstance(weight, ShardedTensorFactory):
+        changes["dtype"] = tensor.dtype
+    return replace(weight, **changes)
+
+
+def _whole_state(optimizer: PolicyOptimizer, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+    """The parameter's optimizer state in its own shape: put together from the slices of the data-parallel copies."""
+    part, state = optimizer.state(parameter)
+    if part == slice(0, parameter.numel()):
+        return {kind: tensor.view(parameter.shape) for kind, tensor in state.items()}
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    whole = {}
+    for kind in ("main", *MOMENTS):
+        flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if state:
+            flat[part] = state[kind]
+        dist.all_reduce(flat, group=group)  # each element comes from one copy only: the sum is exact
+        whole[kind] = flat.view(parameter.shape)
+    return whole
+
+
+def _dtype(tensors: Mapping[str, Tensor] | None) -> str:
+    """The name of the tensors' common dtype; empty if there are none."""
+    return str(next(iter(tensors.values())).dtype).removeprefix("torch.") if tensors else ""
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost message: torch wraps the failures of all ranks into one exception."""
+    if isinstance(error, CheckpointException):
+        rank, (first, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {first}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,48 @@
+"""Small agreements between all ranks. Every function here is a collective call: all ranks, same order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch.distributed as dist
+from megatron.core import parallel_state
+from numpy.typing import NDArray
+
+from toolkit.errors import UserError
+
+
+def raise_together(problem: str | None) -> None:
+    """Raise UserError on every rank if any rank has a problem, with the first rank's: so none is left waiting."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise UserError(found)
+
+
+def gather_items(parts: Sequence[tuple[Sequence[int], Mapping[str, NDArray]]], count: int) -> dict[str, NDArray]:
+    """Put per-item values of all micro-batches into the order of the global batch, on every rank.
+
+    Args:
+        parts: on the last pipeline stage, for each micro-batch of this copy: positions (n,) and arrays (n, ...) by
+            name; the same names everywhere. Ignored on other stages.
+        count: items of the global batch.
+
+    Returns:
+        Arrays (count, ...) by name.
+    """
+    result: list[dict[str, NDArray] | None] = [None]
+    if parallel_state.is_pipeline_last_stage():
+        group = parallel_state.get_data_parallel_group()
+        copies: list[Sequence[tuple[Sequence[int], Mapping[str, NDArray]]]] = [()] * group.size()
+        dist.all_gather_object(copies, list(parts), group=group)
+        whole: dict[str, NDArray] = {}
+        for positions, values in (part for copy in copies for part in copy):
+            for name, array in values.items():
+                whole.setdefault(name, np.zeros((count, *array.shape[1:]), array.dtype))[positions] = array
+        result = [whole]
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast_object_list(result, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return result[0]

@@ -1,0 +1,87 @@
+"""The trainer as a job: meet the other ranks, build the engine, train."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+from toolkit.data.publish import prepare_run
+from toolkit.errors import UserError
+from toolkit.exchange.records import Ref
+from toolkit.exchange.run import Run
+from toolkit.reporting.metrics import MetricsWriter
+from toolkit.signals import StopFlag
+from toolkit.training import device
+from toolkit.training.control import Control
+from toolkit.training.engine import EngineSettings, PolicyEngine
+from toolkit.training.layout import ParallelLayout
+from toolkit.training.optimizer import OptimizerSettings
+from toolkit.training.trainer import Trainer
+
+MEETING_PATIENCE = 300.0  # seconds that a rank waits for rank 0 to say where the ranks meet
+
+
+def main(run: Run, slot: str, number: int, rank: int, size: int, stop: StopFlag) -> str:
+    """Train as rank ``rank`` of ``size``.
+
+    Returns:
+        ``done``, ``saved`` or ``starved``.
+    """
+    if rank == 0:
+        prepare_run(run)  # if nobody did
+    config = run.config.trainer
+    layout = ParallelLayout(config.tensor, config.pipeline, size, config.sequence_parallel)
+    local_rank = int(os.environ.get("SLURM_LOCALID", os.environ.get("SUBMITIT_LOCAL_LOCALID", rank)))
+    device.initialize(layout, rank=rank, init_method=_meeting_place(run, slot, number, rank), local_rank=local_rank)
+    try:
+        engine = PolicyEngine(layout, run.config.model.policy, _settings(run))
+        metrics = MetricsWriter(run.root, slot, run.attempt) if rank == 0 else None
+        return Trainer(run, engine, Control(stop), metrics).train()
+    finally:
+        device.shutdown()
+
+
+def _settings(run: Run) -> EngineSettings:
+    config, optimizer = run.config.trainer, run.config.method.optimizer
+    return EngineSettings(
+        dtype=run.config.model.dtype,
+        micro_batch_pairs=config.micro_batch,
+        recompute=config.recompute,
+        distributed_optimizer=config.distributed_optimizer,
+        optimizer=OptimizerSettings(
+            learning_rate=optimizer.learning_rate,
+            betas=(optimizer.beta1, optimizer.beta2),
+            epsilon=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
+            clip_gradient=optimizer.clip_grad,
+            schedule=optimizer.schedule,
+            warmup_fraction=optimizer.warmup_fraction,
+            min_learning_rate_ratio=optimizer.min_ratio,
+        ),
+    )
+
+
+def _meeting_place(run: Run, slot: str, number: int, rank: int) -> str:
+    """Where the ranks of this attempt meet: a fresh port of rank 0's host, told through a record of the attempt."""
+    ref = Ref(f"jobs/{slot}", f"{number:04d}.meeting")
+    if rank == 0:
+        local = run.config.cluster.kind == "local"
+        host = "127.0.0.1" if local else socket.gethostname()
+        if local:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        with socket.socket() as probe:
+            probe.bind((host if local else "", 0))
+            port = probe.getsockname()[1]
+        run.records.publish(ref, {"host": host, "port": port})
+        return f"tcp://{host}:{port}"
+    if run.config.cluster.kind == "local":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    deadline = time.monotonic() + MEETING_PATIENCE
+    while (found := run.records.find(ref)) is None:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"rank 0 of {slot} attempt {number} did not say within {MEETING_PATIENCE:.0f} s where to meet; see its log"
+            )
+        time.sleep(0.2)
+    return f"tcp://{found.attributes['host']}:{found.attributes['port']}"
