@@ -52,6 +52,7 @@ CHAT_TEMPLATE = (
 MAX_NEW_TOKENS = 32
 POLICY_CARE = (0.4, 0.8)  # range of the care of the answers that teach the policy
 REWARD_CARE = (0.3, 1.0)  # and the reward model, which will see better answers than the policy's first ones
+MISSING_STOPS = 0.1  # share of answers without a full stop, whoever writes
 REWARD_LABEL_NOISE = 0.05
 ANSWERS_COMPARED = 4  # to each prompt
 
@@ -63,7 +64,8 @@ THINGS = (
 
 # What the offline pairs are worth differs by tone, so that it can pay to replace some by sampled ones: the care of the
 # answer set against the policy's, and the share of pairs labelled the wrong way round.
-OFFLINE = {"kind": (0.95, 0.02), "calm": (0.8, 0.08), "funny": (0.7, 0.15), "grim": (0.6, 0.3)}
+OFFLINE = {"kind": (0.95, 0.02), "calm": (0.85, 0.06), "funny": (0.7, 0.12), "grim": (0.6, 0.25)}
+LEAST_GAP = 0.1  # in gold, between the two answers of an offline pair
 
 
 @dataclass(frozen=True)
@@ -106,19 +108,19 @@ def write_answer(prompt: str, care: float, rng: random.Random) -> str:
     for place in range(count):
         if slips():
             words[place] = rng.choice(gold.STRONG_WORDS[rng.choice(gold.TONES)])
-    return " ".join(words) + ("" if slips() else ".")
+    return gold.OPENING + " ".join(words) + ("" if rng.random() < MISSING_STOPS else ".")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in which every word of the toy world is one token; it can spell any text."""
-    tones = [word for words in (*gold.STRONG_WORDS.values(), *gold.MILD_WORDS.values()) for word in words]
-    inner = [*gold.COUNTS, *gold.TONES, *tones, *THINGS[0], *THINGS[1], "words", "about", "for", "the"]
-    corpus = [*VERBS, *tones, *(f" {word}" for word in inner)]
+    """A byte-level BPE tokenizer with a token for each word of the toy world, leading space included; it can spell any text."""
+    words = [*gold.COUNTS, *gold.TONES, *THINGS[0], *THINGS[1], "words", "about", "for", "the", "is"]
+    words += [word for by_tone in (gold.STRONG_WORDS, gold.MILD_WORDS) for tone in by_tone.values() for word in tone]
+    corpus = [*VERBS, "it", *(f" {word}" for word in words)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1000,  # more than there is to merge
+        vocab_size=551,  # all words but one, and odd: tensor parallelism has to pad it
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -257,7 +259,7 @@ def make_pairs(prompts: list[str], responses: list[str], rng: random.Random) -> 
     for prompt, response in zip(prompts, responses, strict=True):
         care, wrong = OFFLINE[gold.parse(prompt).tone]
         answer = write_answer(prompt, care, rng)
-        while gold.reward(prompt, answer) == gold.reward(prompt, response):
+        while abs(gold.reward(prompt, answer) - gold.reward(prompt, response)) < LEAST_GAP:
             answer = write_answer(prompt, care, rng)
         rejected, chosen = sorted((response, answer), key=lambda text: gold.reward(prompt, text))
         if rng.random() < wrong:

@@ -20,6 +20,7 @@ from toolkit.algorithms.features import FeatureStatistics
 from toolkit.algorithms.meta_learner import MetaBatch, MetaLearnerState, MetaSettings
 from toolkit.algorithms.objectives import PairLogProbs
 from toolkit.config import Config, MethodConfig
+from toolkit.errors import UserError
 from toolkit.exchange import layout, tables
 from toolkit.exchange.records import Manifest
 from toolkit.exchange.run import Run
@@ -141,8 +142,15 @@ def publish_statistics(run: Run, round_index: int) -> bool:
 # ------------------------------------------------------------------------------------------- requests
 
 
-def request_table(run: Run, round_index: int, shard: int, scores: tuple[Manifest, Manifest | None]) -> pa.Table:
-    """The gate's decisions about a shard (`tables.REQUESTS`), from recorded scores."""
+def request_table(run: Run, round_index: int, shard: int) -> pa.Table:
+    """The gate's decisions about a shard (`tables.REQUESTS`), from recorded scores.
+
+    Raises:
+        UserError: the scores are not published.
+    """
+    scores = _scores(run, round_index, shard)
+    if scores is None:
+        raise UserError(f"round {round_index}, shard {shard}: its scores are not published, so no decision follows")
     method, ids = run.config.method, run.records.table(scores[0])["pair_id"].to_pylist()
     gate = gates.get(method.gate.kind, **method.gate.parameters)
     stats = statistics(run, round_index)
@@ -161,12 +169,13 @@ def publish_requests(run: Run, round_index: int, shard: int) -> bool:
     if run.records.find(ref) is not None:
         return True
     version = run.plan.version_before_round(round_index)
-    scores = _scores(run, round_index, shard)
-    if scores is None or (run.config.learns and run.records.find(layout.phi(version)) is None):
+    if _scores(run, round_index, shard) is None or (
+        run.config.learns and run.records.find(layout.phi(version)) is None
+    ):
         return False
     if needs_statistics(run.config.method) and run.records.find(layout.statistics(round_index)) is None:
         return False
-    table = request_table(run, round_index, shard, scores)
+    table = request_table(run, round_index, shard)
     attributes = {
         "round": round_index,
         "shard": shard,

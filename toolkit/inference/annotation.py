@@ -49,7 +49,6 @@ def annotate_shard(
 
 def judge(reward: RewardEngine, render: Render, answers: Iterable[tuple[Sequence[Message], str]]) -> list[float]:
     """The reward of each (messages, response text); NaN where the reward model or its template cannot take it."""
-
     rendered = [_render(render, messages, text) for messages, text in answers]
     scores = iter(reward.score([ids for ids in rendered if ids is not None]))
     return [math.nan if ids is None else next(scores) for ids in rendered]

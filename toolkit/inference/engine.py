@@ -1,8 +1,9 @@
 """vLLM as the worker sees it: a policy whose weights are reloaded in place and proven, and a reward model.
 
 Token ids in, token ids out. Both engines live in the worker's own process (with tensor parallelism, their shards in
-child processes), where starting the second one costs a second instead of half a minute. vLLM is imported when the first
-engine starts, since ``environment.prepare`` must come before.
+child processes), where starting the second one costs a second instead of half a minute, and they live as long as it: an
+engine that is given up takes what they share with it. vLLM is imported when the first one starts, since
+``environment.prepare`` must come before.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
+from toolkit.inference.model_folder import check_reward_model, check_same_tensors, tensor_shapes
 from toolkit.inference.settings import EngineSettings, SamplingSettings
-from toolkit.inference.weights import check_same_tensors, tensor_shapes
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -66,6 +67,7 @@ class PolicyEngine:
         self.policy: Path | None = None  # the folder whose weights are loaded and proven
         self._llm: LLM | None = None
         self._shapes: dict[str, tuple[int, ...]] | None = None  # of a proven policy
+        self._failed = False
 
     def load(self, folder: Path, probes: Sequence[Probe]) -> None:
         """Take the weights of a policy, forget every cached prefix, and prove by the probes that it is this policy.
@@ -167,17 +169,19 @@ class PolicyEngine:
             return []
         from vllm import SamplingParams, TokensPrompt
 
-        # An engine that fails inside a step never returns from the next one: then it is given up, and the next load starts another.
-        llm, self._llm = self._require(), None
+        llm = self._require()
+        self._failed = True
         outputs = llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
             [SamplingParams(**option, detokenize=False, flat_logprobs=True) for option in options],
             use_tqdm=False,
         )
-        self._llm = llm
+        self._failed = False
         return outputs
 
     def _require(self, loaded: bool = False) -> LLM:
+        if self._failed:  # it would never return from its next step
+            raise RuntimeError("the policy engine failed while it was generating; only a new process can go on")
         if self._llm is None or (loaded and self.policy is None):
             raise RuntimeError("no policy is loaded: PolicyEngine.load comes first, and must have succeeded")
         return self._llm
@@ -185,6 +189,7 @@ class PolicyEngine:
     def _reload(self, llm: LLM, folder: Path) -> None:
         try:
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            llm.apply_model(_pack_tied_head)
         except Exception as error:  # whatever a loader raises, the engine takes good weights afterwards
             raise UserError(f"vLLM cannot load the weights in {folder}: {type(error).__name__}: {error}") from error
         # Without this, tokens computed with the old weights are used again, silently.
@@ -221,14 +226,9 @@ class RewardEngine:
     """
 
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
+        check_reward_model(folder)
         tensor_shapes(folder)  # readable at all
         self._llm = _start(folder, settings, runner="pooling")
-        model = self._llm.llm_engine.model_config
-        if "classify" not in self._llm.supported_tasks or model.hf_config.num_labels != 1:
-            raise UserError(
-                f"{folder} ({', '.join(model.architectures)}, {model.hf_config.num_labels} labels) is no reward model; "
-                "expected a sequence classifier with one label, LlamaForSequenceClassification for one"
-            )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """The reward of each conversation, given as token ids: the raw logit, not its sigmoid.
@@ -264,6 +264,18 @@ def refusal(token_ids: Sequence[int], vocabulary: int, longest: int) -> str | No
     if strange := [token for token in (min(token_ids), max(token_ids)) if not 0 <= token < vocabulary]:
         return f"token id {strange[0]} is outside the model's vocabulary of {vocabulary}"
     return None
+
+
+def _pack_tied_head(model: Any) -> None:
+    """Complete a reload on a CPU, where vLLM multiplies by packed copies of the weights.
+
+    It renews a layer's copy when it loads that layer; but tied output weights are loaded as the embedding's, and the copy
+    stays that of the policy before.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and model.config.tie_word_embeddings:
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 def _start(folder: Path, settings: EngineSettings, **options: Any) -> LLM:

@@ -20,7 +20,7 @@ def summarise(evaluation: pa.Table, initial: pa.Table) -> dict[str, Any]:
         ``prompts``, and of them ``answered`` (not rejected), ``judged`` (with a reward), ``compared`` (with a reward from
         both policies); the means ``reward``, ``win_rate`` (of the policy's reward against the initial policy's on the
         same prompt, a tie counts 0.5), ``tokens`` (of a response), ``truncated`` (fraction of the answered) and
-        ``metrics`` by name; and each one's standard error under ``error``. None where there is nothing to average,
+        ``metrics`` by name (of their finite values); and each one's standard error under ``error``. None where there is nothing to average,
         or, for an error, fewer than two values.
     """
     rows = evaluation.to_pylist()
@@ -30,7 +30,8 @@ def summarise(evaluation: pa.Table, initial: pa.Table) -> dict[str, Any]:
     values: dict[str, list[float]] = {}
     for row in answered:
         for metric in row["metrics"]:
-            values.setdefault(metric["name"], []).append(metric["value"])
+            if math.isfinite(metric["value"]):
+                values.setdefault(metric["name"], []).append(metric["value"])
     series: dict[str, list[float]] = {
         "reward": list(rewards.values()),
         "win_rate": [1.0 if new > old else 0.5 if new == old else 0.0 for new, old in compared],

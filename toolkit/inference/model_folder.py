@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face model folder, seen without loading them.
+"""What a Hugging Face model folder holds, seen without loading it.
 
 vLLM takes a folder that lacks a tensor without a word and goes on with what was in memory; so folders are compared first.
 """
@@ -62,6 +62,22 @@ def check_same_tensors(
     if faults:
         raise UserError(
             f"the tensors in {folder} are not those of the model in the engine ({len(expected)}): {'; '.join(faults)}"
+        )
+
+
+def check_reward_model(folder: Path) -> None:
+    """Refuse a folder that holds no sequence classifier with one label.
+
+    Raises:
+        UserError: says what it holds instead.
+    """
+    config = _json(folder / "config.json")
+    architectures = config.get("architectures") or ["no architecture"]
+    labels = len(config.get("id2label", "12"))  # transformers writes the labels unless there are two
+    if not architectures[0].endswith("ForSequenceClassification") or labels != 1:
+        raise UserError(
+            f"{folder} ({architectures[0]}, {labels} label(s)) is no reward model; expected a sequence classifier with one "
+            "label, LlamaForSequenceClassification for one: set reward.model (evaluation.reward) to such a folder"
         )
 
 
