@@ -50,9 +50,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 MAX_NEW_TOKENS = 32
-POLICY_CARE = (0.4, 0.8)  # range of the care of the answers that teach the policy
+POLICY_CARE = (0.3, 0.7)  # range of the care of the answers that teach the policy
 REWARD_CARE = (0.3, 1.0)  # and the reward model, which will see better answers than the policy's first ones
-MISSING_STOPS = 0.1  # share of answers without a full stop, whoever writes
+MISSING_STOPS = 0.03  # share of answers without a full stop, whoever writes
 REWARD_LABEL_NOISE = 0.05
 ANSWERS_COMPARED = 4  # to each prompt
 
@@ -103,7 +103,7 @@ def write_answer(prompt: str, care: float, rng: random.Random) -> str:
     def slips() -> bool:
         return rng.random() >= care
 
-    count += rng.choice((-1, 1)) if slips() else 0
+    count += rng.choice((-1, 1)) if slips() and slips() else 0
     words = rng.sample([*gold.STRONG_WORDS[tone], *gold.MILD_WORDS[tone]], count)
     for place in range(count):
         if slips():

@@ -18,8 +18,8 @@ from toolkit.inference.engine import PolicyEngine, Probe, Rejected
 from toolkit.inference.settings import SamplingSettings
 
 FREE = SamplingSettings(samples=2, max_new_tokens=24)
-# Longer than a block of the prefix cache (128 tokens), with a common beginning, and together more than one step's budget.
-PROMPTS = [[7] * 140 + [10 + i, 50 - i] for i in range(20)]
+# Each longer than a block of the prefix cache (128 tokens), and together more than the engine computes in one step (4096).
+PROMPTS = [[10 + i] * 140 + [50 - i, 7] for i in range(40)]
 
 
 def seeds(prompts: list[list[int]], samples: int = 2) -> list[list[int]]:

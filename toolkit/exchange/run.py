@@ -210,6 +210,22 @@ class Run:
             and self.records.find(layout.policy(self.plan.rounds)) is not None
         )
 
+    def is_complete(self) -> bool:
+        """Whether the last policy is published, the last meta-learner learned, and, where workers evaluate, every policy evaluated."""
+        if not self.finished():
+            return False
+        config, find = self.config, self.records.find
+        if config.learns and find(layout.phi(len(self.plan.boundaries))) is None:
+            return False
+        evaluates = (
+            config.replay_from is None and config.evaluation_reward is not None and "evaluate" in config.inference.does
+        )
+        return not evaluates or all(find(layout.evaluation(v)) is not None for v in range(self.plan.rounds + 1))
+
+    def finish(self) -> None:
+        """Close a complete run."""
+        self.close("finished", "every round is trained and every policy evaluated")
+
 
 def resolved(config: Config, base: Path) -> Config:
     """``config`` with its local paths made absolute, so that jobs started elsewhere find them. Hub ids stay as they are."""

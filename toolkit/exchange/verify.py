@@ -58,6 +58,7 @@ def verify(run: Run) -> Findings:
         _exactly_once(run, found)
         _policies(run, found)
         _annotations(run, found)
+        _complete(run, found)
         try:
             import torch  # noqa: F401
         except ImportError:
@@ -197,6 +198,23 @@ def _policies(run: Run, found: Findings) -> None:
             found.counts["evaluations"] += 1
             if evaluation.attributes["policy"] != manifest.digest:
                 found.problems.append(f"{evaluation.ref}: evaluates another policy than {manifest.ref}")
+
+
+def _complete(run: Run, found: Findings) -> None:
+    """A run that was closed as finished has every record that its plan promises."""
+    closing = run.closing()
+    if closing is None or closing.attributes["outcome"] != "finished":
+        return
+    promised = [layout.policy(version) for version in range(run.plan.rounds + 1)]
+    if run.config.replay_from is None:
+        if run.config.evaluation_reward is not None and "evaluate" in run.config.inference.does:
+            promised += [layout.evaluation(version) for version in range(run.plan.rounds + 1)]
+        promised += [layout.requests(index, shard) for index, shard in _gated_shards(run)]
+    promised += [layout.meta_batch(boundary.version) for boundary in run.plan.boundaries]
+    promised += [layout.phi(version) for version in range(len(run.plan.boundaries) + 1)] if run.config.learns else []
+    found.problems += [
+        f"{ref}: missing, though the run is finished" for ref in promised if run.records.find(ref) is None
+    ]
 
 
 # ------------------------------------------------------------------------------------------- samples and pairs

@@ -187,9 +187,12 @@ class PolicyEngine:
         return self._llm
 
     def _reload(self, llm: LLM, folder: Path) -> None:
+        from vllm.platforms import current_platform
+
         try:
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-            llm.apply_model(_pack_tied_head)
+            if current_platform.is_cpu():
+                llm.apply_model(_pack_tied_head)
         except Exception as error:  # whatever a loader raises, the engine takes good weights afterwards
             raise UserError(f"vLLM cannot load the weights in {folder}: {type(error).__name__}: {error}") from error
         # Without this, tokens computed with the old weights are used again, silently.
@@ -272,9 +275,7 @@ def _pack_tied_head(model: Any) -> None:
     It renews a layer's copy when it loads that layer; but tied output weights are loaded as the embedding's, and the copy
     stays that of the policy before.
     """
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
@@ -286,7 +287,7 @@ def _start(folder: Path, settings: EngineSettings, **options: Any) -> LLM:
     if current_platform.is_cpu():
         if settings.kv_cache_gib is None:
             raise UserError("inference.kv_cache_gib must be set on a machine without a GPU, 0.25 for a small model")
-        options["enforce_eager"] = True
+        options["enforce_eager"] = True  # compiling takes a C++ compiler, and minutes
         if options.get("runner") != "pooling":
             # A seeded request whose prompt is computed in two steps crashes the engine: its random generator is to be
             # set back, which torch's CPU generator cannot do.

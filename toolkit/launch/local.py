@@ -37,19 +37,23 @@ class LocalAdapter:
         }
         environment = os.environ | job.environment
         environment |= {ATTEMPT: job.attempt, "PYTHONPATH": str(job.code), "PYTHONSAFEPATH": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", "toolkit.launch.local", json.dumps(specification)],
-            env=environment,
-            cwd=job.root,
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        # Into a file, not a pipe: the job inherits it, and whoever reads a pipe to its end waits for the job's end.
+        answer = job.logs / "submission.out"
+        with answer.open("wb") as output:
+            done = subprocess.run(
+                [sys.executable, "-m", "toolkit.launch.local", json.dumps(specification)],
+                env=environment,
+                cwd=job.root,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        text = answer.read_text(encoding="utf-8", errors="replace").strip()
         if done.returncode:
-            raise UserError(f"could not start {job.slot} here: {done.stderr.strip()[-2000:]}")
-        return done.stdout.split()[-1]
+            raise UserError(f"could not start {job.slot} here: {text[-2000:]}")
+        return text.split()[-1]
 
     def states(self, attempts: Collection[str]) -> dict[str, State]:
         alive = processes(attempts)

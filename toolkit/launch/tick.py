@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from toolkit.exchange import hints, layout
+from toolkit.exchange import hints
 from toolkit.exchange.reports import condemn_reported
 from toolkit.exchange.retention import collect_garbage
 from toolkit.exchange.run import Run
@@ -25,21 +25,11 @@ class Tick:
         """Condemn what is damaged, remove what nobody needs, close a run that is complete, write the status."""
         condemn_reported(self.run)
         collect_garbage(self.run)
-        if self.run.closing() is None and is_complete(self.run):
-            self.run.close("finished", "every round is trained and every policy evaluated")
+        if self.run.closing() is None and self.run.is_complete():
+            self.run.finish()
         self._status = status.collect(self.run, self.jobs, self._status)
         hints.set_status(self.run.root, self._status)
 
     def supervise(self) -> None:
         """Bury the dead, submit what is due. Raises UserError when the run cannot go on."""
         self.jobs = describe(supervise(self.run, self.adapter))
-
-
-def is_complete(run: Run) -> bool:
-    """Whether the last policy is published and, where there are workers that evaluate, every policy is evaluated."""
-    if not run.finished():
-        return False
-    evaluates = run.config.needs_workers and run.config.replay_from is None and "evaluate" in run.config.inference.does
-    if not evaluates or run.config.evaluation_reward is None:
-        return True
-    return all(run.records.find(layout.evaluation(version)) is not None for version in range(run.plan.rounds + 1))

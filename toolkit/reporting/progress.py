@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from toolkit.errors import UserError
-from toolkit.exchange import layout, lineage
+from toolkit.exchange import layout
 from toolkit.exchange.plan import Plan
 from toolkit.exchange.records import Manifest, Ref
 from toolkit.exchange.run import Run
@@ -163,12 +163,20 @@ def trained_shards(plan: Plan, index: int, steps: int) -> int:
     return max(last_pass, 0) // -(-plan.shard_size // plan.global_batch)
 
 
-def steps_done(reader: Reader) -> int:
-    """Optimizer steps that the newest checkpoint holds."""
-    number, step = 0, 0
-    while (manifest := reader.find(layout.checkpoint(number))) is not None:
-        number, step = number + 1, lineage.progress(manifest).step
-    return step
+def newest_policy(reader: Reader) -> int | None:
+    """The newest published policy version."""
+    version = 0
+    while reader.find(layout.policy(version)) is not None:
+        version += 1
+    return version - 1 if version else None
+
+
+def newest_checkpoint(reader: Reader, start: int = 0) -> Manifest | None:
+    """The newest checkpoint, looking upwards from number ``start``."""
+    found = None
+    while (manifest := reader.find(layout.checkpoint(start))) is not None:
+        found, start = manifest, start + 1
+    return found
 
 
 def evaluations(reader: Reader, known: list[dict[str, Any]], newest: int | None) -> list[dict[str, Any]]:

@@ -154,7 +154,7 @@ def _like(weight: Any, kind: str, tensor: Tensor) -> Any:
 def _whole_state(optimizer: PolicyOptimizer, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
     """The parameter's optimizer state in its own shape: put together from the slices of the data-parallel copies."""
     part, state = optimizer.state(parameter)
-    if part == slice(0, parameter.numel()):
+    if not optimizer.distributed:
         return {kind: tensor.view(parameter.shape) for kind, tensor in state.items()}
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     whole = {}

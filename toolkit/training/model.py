@@ -94,8 +94,11 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        perform_initialization=False,  # the weights are always loaded
-        use_cpu_initialization=not torch.cuda.is_available(),
+        # The weights are always loaded. Megatron's own initialisation still runs, for it marks the parameters that tensor
+        # parallelism cuts: without the marks the gradient's norm would leave out all ranks but the first.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         attention_softmax_in_fp32=True,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -109,6 +112,10 @@ def transformer_config(
         calculate_per_token_loss=True,  # gradients are plain sums over micro-batches and copies: see engine.py
         **recomputation,
     )
+
+
+def _leave(weight: Tensor) -> None:
+    """Initialise nothing."""
 
 
 def build_model(config: TransformerConfig, shape: ModelShape, layout: ParallelLayout) -> GPTModel:

@@ -76,6 +76,7 @@ class PolicyOptimizer:
         self.settings = settings
         self.megatron: ChainedOptimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
         (self._one,) = self.megatron.chained_optimizers  # one, because there are no experts
+        self.distributed = isinstance(self._one, DistributedOptimizer)
         self.schedule: OptimizerParamScheduler | None = None
         self.reset()
 
@@ -108,7 +109,7 @@ class PolicyOptimizer:
     def state(self, parameter: Parameter) -> tuple[slice, dict[str, Tensor]]:
         """This rank's part of a model parameter's state: a slice of the flattened parameter, and ``main``, ``exp_avg``
         and ``exp_avg_sq`` for it, to be read or changed in place."""
-        if isinstance(self._one, DistributedOptimizer):
+        if self.distributed:
             if parameter not in self._one.model_param_gbuf_map:
                 return slice(0, 0), {}
             group, order = self._one.model_param_group_index_map[parameter]

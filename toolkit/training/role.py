@@ -37,7 +37,10 @@ def main(run: Run, slot: str, number: int, rank: int, size: int, stop: StopFlag)
     try:
         engine = PolicyEngine(layout, run.config.model.policy, _settings(run))
         metrics = MetricsWriter(run.root, slot, run.attempt) if rank == 0 else None
-        return Trainer(run, engine, Control(stop), metrics).train()
+        outcome = Trainer(run, engine, Control(stop), metrics).train()
+        if rank == 0 and run.is_complete():  # where there is no sidecar, nobody else may be there to say so
+            run.finish()
+        return outcome
     finally:
         device.shutdown()
 
