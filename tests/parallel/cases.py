@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from tests.parallel.problems import LEARNING, make_pairs, meta_weighted_dpo
 from toolkit.conversion.weights import stage_weights
+from toolkit.errors import UserError
 from toolkit.training.engine import EngineSettings, PolicyEngine, StepResult
 from toolkit.training.export import gather_weight
 from toolkit.training.layout import ParallelLayout
-from toolkit.training.microbatches import PairBatch
+from toolkit.training.microbatches import MASKED, PairBatch
 from toolkit.training.optimizer import OptimizerSettings
 
 
@@ -90,3 +92,165 @@ def round_trip(layout: ParallelLayout, rank: int, model: str, folder: str, dtype
     gathered: list[list[str]] = [[]] * layout.world_size
     dist.all_gather_object(gathered, files)
     return gathered
+
+
+NO_REFERENCE = np.zeros((8, 4))
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two sets of weights are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def make(folder: Path, rank: int) -> Path:
+    """A new empty directory, made by the first rank."""
+    if rank == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    return folder
+
+
+def save_and_continue(layout: ParallelLayout, rank: int, model: str, folder: str, **settings: Any) -> dict[str, Any]:
+    """Two steps, a checkpoint, two more; then the last two again from the checkpoint, in an engine of its own."""
+    policy = engine(layout, model, **settings)
+    extra = {name: weight.float() * 0.5 for name, weight in policy.weights().items()}
+    for seed in (0, 1):
+        step(policy, NO_REFERENCE, seed)
+    saved = policy.weights()
+    files = policy.save(make(Path(folder) / "checkpoint", rank), extra)
+    policy.export(make(Path(folder) / "saved", rank))
+    norms = [step(policy, NO_REFERENCE, seed).gradient_norm for seed in (2, 3)]
+    last = policy.weights()
+    policy.export(make(Path(folder) / "last", rank))
+
+    resumed = engine(layout, model, steps=99, **settings)
+    restored = resumed.restore(Path(folder) / "checkpoint")
+    return {
+        "files": files,
+        "weights": same(saved, resumed.weights()),
+        "extra": restored is not None and same(extra, restored),
+        "norms": norms == [step(resumed, NO_REFERENCE, seed).gradient_norm for seed in (2, 3)],
+        "last": same(last, resumed.weights()),
+    }
+
+
+def continue_from(layout: ParallelLayout, rank: int, model: str, checkpoint: str, folder: str, **settings: Any) -> None:
+    """Restore a checkpoint of another layout, export; two steps, export."""
+    policy = engine(layout, model, steps=99, **settings)
+    policy.restore(checkpoint)
+    policy.export(make(Path(folder) / "restored", rank))
+    for seed in (2, 3):
+        step(policy, NO_REFERENCE, seed)
+    policy.export(make(Path(folder) / "last", rank))
+
+
+def unstepped(layout: ParallelLayout, rank: int, model: str, folder: str, **settings: Any) -> dict[str, Any]:
+    """A checkpoint before the first step: as if it had never been."""
+    policy = engine(layout, model, **settings)
+    policy.save(make(Path(folder), rank))
+    first = step(policy, NO_REFERENCE)
+    weights = policy.weights()
+    extra = policy.restore(folder)
+    again = step(policy, NO_REFERENCE)
+    return {
+        "extra": extra,
+        "norms": first.gradient_norm == again.gradient_norm,
+        "weights": same(weights, policy.weights()),
+    }
+
+
+def message(action: Any) -> str:
+    """The message of the UserError that ``action`` raises."""
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def checkpoint_errors(layout: ParallelLayout, rank: int, model: str, other: str, folder: str) -> dict[str, str]:
+    """What is said about directories that can't be saved to or restored from."""
+    policy = engine(layout, model)
+    saved = make(Path(folder) / "saved", rank)
+    policy.save(saved)
+    damaged = make(Path(folder) / "damaged", rank)
+    policy.save(damaged)
+    if rank == 0:
+        (damaged / "__0_0.distcp").unlink()
+    dist.barrier()
+    return {
+        "full": message(lambda: policy.save(saved)),
+        "absent": message(lambda: policy.restore(Path(folder) / "absent")),
+        "damaged": message(lambda: policy.restore(damaged)),
+        "other": message(lambda: engine(layout, other).restore(saved)),
+    }
+
+
+def behaviour(layout: ParallelLayout, rank: int, model: str, other: str, folder: str) -> dict[str, Any]:
+    """The engine's promises beside the numbers."""
+    policy = engine(layout, model, steps=4)
+    own = policy.weights()
+    pairs = make_pairs()
+    sequences = [s for pair in pairs for s in pair.sequences if s is not None]
+    lengths = [pair.prompt_length for pair in pairs for s in pair.sequences if s is not None]
+    seen: dict[str, Any] = {}
+
+    scores = policy.score(sequences, lengths)
+    loaded = policy.load_weights(other)
+    seen["load_weights leaves the model"] = same(own, policy.weights())
+    with policy.swapped(loaded):
+        swapped_scores = policy.score(sequences, lengths)
+        seen["no step while swapped"] = False
+        try:
+            step(policy, NO_REFERENCE)
+        except RuntimeError:
+            seen["no step while swapped"] = True
+    seen["swapped scores differ"] = bool((swapped_scores != scores).all())
+    seen["swapped back"] = same(own, policy.weights()) and bool((policy.score(sequences, lengths) == scores).all())
+    try:
+        with policy.swapped(loaded):
+            raise KeyError
+    except KeyError:
+        seen["swapped back after an exception"] = same(own, policy.weights())
+    policy.load(other)
+    seen["load"] = same(policy.weights(), loaded) and bool((policy.score(sequences, lengths) == swapped_scores).all())
+    policy.load(model)
+
+    seen["one"] = abs(float(policy.score(sequences[:1], lengths[:1])[0] - scores[0])) < 1e-4
+    seen["none"] = policy.score([], []).shape == (0,)
+    seen["float32"] = str(scores.dtype)
+
+    def refuse(extras: dict[str, np.ndarray]) -> None:
+        raise UserError("not now")
+
+    seen["before_update"] = message(lambda: step(policy, NO_REFERENCE, before_update=refuse))
+    seen["weights after it"] = same(own, policy.weights())
+    empty = policy.train_step(PairBatch(pairs), lambda *_: None, 0)
+    seen["empty"] = [empty.extras, empty.gradient_norm, empty.tokens, empty.stepped, same(own, policy.weights())]
+    rates = [step(policy, NO_REFERENCE).learning_rate for _ in range(2)]
+    moved = policy.weights()
+    policy.load(model)
+    policy.reset_optimizer()
+    policy.restart_schedule(4)
+    seen["rates"] = [empty.learning_rate, *rates, step(policy, NO_REFERENCE).learning_rate]
+    step(policy, NO_REFERENCE)
+    seen["reset is as new"] = same(moved, policy.weights())
+
+    broken = PairBatch([MASKED] * 7 + [replace(pairs[0], sequences=(np.full(300, 1, np.int32), None, None, None))])
+    seen["too long"] = message(lambda: policy.train_step(broken, lambda *_: None, 1))
+    seen["other tokenizer"] = message(lambda: policy.score([np.array([1, 131], np.int32)], [1]))
+    seen["no response"] = message(lambda: policy.score([np.array([1, 2], np.int32)], [2]))
+    seen["batch"] = message(lambda: policy.train_step(PairBatch(pairs[:7]), lambda *_: None, 7))
+
+    def infinite(logprobs: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return logprobs[:, 0] * torch.inf, {}
+
+    seen["infinite gradient"] = message(lambda: policy.train_step(PairBatch(pairs), infinite, 7))
+    seen["weights after infinity"] = same(moved, policy.weights())
+    spoilt = policy.weights()
+    if rank == layout.world_size - 1:
+        spoilt["decoder.final_layernorm.weight"][3] = torch.nan
+    with policy.swapped(spoilt):
+        seen["not finite"] = message(lambda: policy.export(folder))
+    seen["not a model"] = message(lambda: policy.load_weights(folder))
+    return seen

@@ -48,13 +48,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_model(name: str, folder: Path) -> Path:
+def make_model(name: str, folder: Path, seed: int = 0) -> Path:
     """A random model saved by transformers. Norms and biases too are random: at one and zero they would hide faults."""
     import transformers
 
     family, sizes = MODELS[name]
     config = getattr(transformers, f"{family}Config")(**{**_COMMON, **sizes})
-    generator = torch.Generator().manual_seed(len(name))
+    generator = torch.Generator().manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)

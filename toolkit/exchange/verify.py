@@ -48,7 +48,10 @@ def verify(run: Run) -> Findings:
     found = Findings()
     _bytes(run, found)
     if run.records.find(layout.PAIRS) is None:
-        found.notes.append("no pairs are prepared yet")
+        if run.newest_policy() is None:
+            found.notes.append("no pairs are prepared yet")
+        else:
+            found.problems.append(f"{layout.PAIRS}: missing, though a policy was published")
         return found
     if found.problems:
         found.notes.append("the records' meaning was not examined, because some are damaged")

@@ -127,7 +127,9 @@ def _sampled_pair(
         "prompt": pair["prompt"],
         "w_gate": gate["w_gate"],
         "s": gate["s"],
-        "offline": {side: {"text": pair[side], "reward": None, "finish_reason": None} for side in ("chosen", "rejected")},
+        "offline": {
+            side: {"text": pair[side], "reward": None, "finish_reason": None} for side in ("chosen", "rejected")
+        },
         "online": online,
     }
 
@@ -145,7 +147,8 @@ def before_and_after(reader: Reader, version: int, most: int) -> list[dict[str, 
     prompts = [row for row in _heldout(reader.run, reader) if row["prompt_id"] in before and row["prompt_id"] in after]
     chosen = [prompts[index] for index in spread(len(prompts), most)]
     return [
-        {"prompt": row["prompt"], "initial": before[row["prompt_id"]], "final": after[row["prompt_id"]]} for row in chosen
+        {"prompt": row["prompt"], "initial": before[row["prompt_id"]], "final": after[row["prompt_id"]]}
+        for row in chosen
     ]
 
 

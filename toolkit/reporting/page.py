@@ -72,7 +72,7 @@ def figure(drawing: str, caption: str, wide: bool = False) -> Html:
 def grid(*parts: Html | None) -> Html:
     """Parts side by side as the width allows; nothing without parts."""
     shown = [part for part in parts if part]
-    return tag("div", *shown, kind="grid") if shown else Html("")
+    return tag("div", *shown, kind="grid four" if len(shown) == 4 else "grid") if shown else Html("")
 
 
 def details(title: str, *parts: Html, opened: bool = False) -> Html:
@@ -85,7 +85,11 @@ def details(title: str, *parts: Html, opened: bool = False) -> Html:
 
 def quote(text: str | None, heading: object, remark: object = "", kind: str = "") -> Html:
     """A text as it is: its lines and spaces kept, scrolling when it is long."""
-    body = tag("i", "not in this run") if text is None else Html(f'<div class="text" dir="auto" tabindex="0">{escape(text)}</div>')
+    body = (
+        tag("i", "not in this run")
+        if text is None
+        else Html(f'<div class="text" dir="auto" tabindex="0">{escape(text)}</div>')
+    )
     return tag("div", tag("div", tag("span", heading), tag("small", remark), kind="head"), body, kind=f"quote {kind}")
 
 
@@ -106,7 +110,7 @@ h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; letter-spacing: -0.015em; 
 h2 { font-size: 1.15rem; margin: 2.75rem 0 0.5rem; letter-spacing: -0.005em; }
 h3 { font-size: 0.95rem; margin: 1.5rem 0 0.5rem; }
 p { margin: 0.4rem 0; max-width: 75ch; }
-.note, .lead { color: var(--muted); }
+.note, .lead { color: var(--muted); max-width: 90ch; }
 .badge { display: inline-block; padding: 0.1rem 0.6rem; border-radius: 1rem; border: 1px solid; font-size: 0.85rem;
   font-weight: 600; vertical-align: 0.25em; margin-left: 0.6rem; color: var(--warn); }
 .badge.finished { color: var(--good); } .badge.failed { color: var(--bad); }
@@ -128,6 +132,7 @@ table.words td:first-child { white-space: nowrap; }
 table.settings td { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.82rem; padding: 0.2rem 0.8rem; }
 table.settings td:last-child { color: var(--muted); }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 0.9rem; margin: 0.75rem 0; }
+.grid.four { grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 0.8rem; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 figure svg { display: block; width: 100%; height: auto; max-height: 460px; }

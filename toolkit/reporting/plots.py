@@ -42,7 +42,7 @@ STYLE = {
     "lines.linewidth": 1.6,
     "figure.facecolor": "none",
 }
-SMALL, WIDE = (4.4, 2.7), (9.0, 2.8)  # inches; the page scales them
+SMALL, WIDTH = (3.8, 2.5), 9.0  # inches; the page scales them
 
 OUTCOMES = ("pair", "tie", "all_truncated", "prompt_rejected", "reward_failed")
 PASSIVE = {"wait": 0.55, "idle": 0.3, "start": 0.8}  # grey, by opacity
@@ -91,7 +91,7 @@ def by_policy(values: Mapping[int, float], errors: Mapping[int, float | None], n
 def outcomes_by_round(rounds: Sequence[Mapping[str, object]]) -> str:
     """What became of the pairs of each gated round: not sampled, and the annotations' outcomes; fractions of the round."""
     with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
-        figure, axes = _figure((WIDE[0] / 2, 0.9 + 0.34 * len(rounds)))
+        figure, axes = _figure((SMALL[0], max(1.0 + 0.32 * len(rounds), SMALL[1])))
         present = [name for name in OUTCOMES if any(entry["outcomes"].get(name) for entry in rounds)]
         labels = [f"round {entry['round']}" for entry in rounds]
         left = np.zeros(len(rounds))
@@ -193,7 +193,9 @@ def gain_by_weight(weights: np.ndarray, gain: np.ndarray) -> str:
         return _svg(figure)
 
 
-def by_step(series: Mapping[str, Sequence[float | None]], steps: Sequence[int], starts: Sequence[int], name: str) -> str:
+def by_step(
+    series: Mapping[str, Sequence[float | None]], steps: Sequence[int], starts: Sequence[int], name: str
+) -> str:
     """Values by optimizer step, with a line where each round starts; long runs are smoothed over the raw values.
 
     Args:
@@ -229,7 +231,7 @@ def time_bars(slots: Mapping[str, Mapping[str, float]], colours: Sequence[str]) 
         colours: the activities that have a colour of their own, in order; others (`PASSIVE`) are grey.
     """
     with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
-        figure, axes = _figure((WIDE[0], 1.1 + 0.36 * len(slots)))
+        figure, axes = _figure((WIDTH, 1.0 + 0.3 * len(slots)))
         longest = max((sum(found.values()) for found in slots.values()), default=0.0)
         unit, size = ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
         names = list(slots)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from toolkit import __version__, config
+from toolkit import __version__
+from toolkit import config as configuration
 from toolkit.config import Config
 from toolkit.exchange import filesystem, layout
 from toolkit.exchange.run import Run, flatten
@@ -53,7 +54,7 @@ def html(run: Run) -> str:
 
 def _head(run: Run, summary: dict[str, Any]) -> Html:
     outcome = summary["outcome"] or "not finished"
-    made = datetime.fromtimestamp(run.records.require(layout.IDENTITY).written, timezone.utc)
+    made = datetime.fromtimestamp(run.records.require(layout.IDENTITY).written, UTC)
     config = run.config
     facts = [
         f"{summary['method']} ({config.method.objective.name}, gate {config.method.gate.kind})",
@@ -75,13 +76,13 @@ def _cards(summary: dict[str, Any]) -> Html:
     for name in (*_metric_keys(summary), "reward"):
         entries.append((_label(name), *_change(summary[name])))
     win_rate = summary["win_rate"]["final"]
-    entries.append(("win rate against the start", "–" if win_rate is None else f"{win_rate:.1%}", "last policy"))
+    entries.append(("win rate", "–" if win_rate is None else f"{win_rate:.1%}", "last policy against the start"))
     made, of, saved = (summary["annotations"][key] for key in ("made", "of", "saved_fraction"))
     if saved is not None:
         entries.append(("annotations saved", f"{saved:.1%}", f"{made:,} made, {of:,} if all were sampled"))
     steps = summary["steps"]
     entries.append(("pairs", f"{summary['pairs']:,}", f"{steps['done']:,} of {steps['of'] or 0:,} optimizer steps"))
-    entries.append(("wall time", duration(summary["wall_seconds"]), f"{len(summary['attempts'])} attempts"))
+    entries.append(("wall time", duration(summary["wall_seconds"]), f"{len(summary['attempts'])} attempts of its roles"))
     return page.cards(entries)
 
 
@@ -153,14 +154,18 @@ def _quality(summary: dict[str, Any]) -> Html:
     figures = []
     for colour, name in enumerate((*names, "reward", "win rate", "tokens")):
         key = name.replace(" ", "_")
-        found = {p["version"]: (p["metrics"] if name in names else p).get(name if name in names else key) for p in policies}
+        found = {
+            p["version"]: (p["metrics"] if name in names else p).get(name if name in names else key) for p in policies
+        }
         errors = {p["version"]: (p["error"]["metrics"] if name in names else p["error"]).get(key) for p in policies}
         known = {version: value for version, value in found.items() if value is not None}
         label = f"{name} reward" if name in names else name
         caption = captions.get(name, f"Mean of the metric {name!r} over the held-out prompts.")
         if known:
             figures.append(page.figure(plots.by_policy(known, errors, label, colour), caption))
-    return page.section("Policies", page.grid(*figures), note="Bars are standard errors of the mean." if figures else "")
+    return page.section(
+        "Policies", page.grid(*figures), note="Bars are standard errors of the mean." if figures else ""
+    )
 
 
 def _gate(reader: Reader, summary: dict[str, Any]) -> Html:
@@ -200,7 +205,9 @@ def _learner(reader: Reader, features: np.ndarray) -> tuple[Html, str]:
     try:
         curves = gather.learner_curves(reader, points)
     except ImportError as error:
-        return Html(""), f"The meta-learner's curves are not drawn: {error.name} is not installed where this was written."
+        return Html(
+            ""
+        ), f"The meta-learner's curves are not drawn: {error.name} is not installed where this was written."
     if not curves:
         return Html(""), ""
     caption = f"The meta-learner h: s → w, {len(curves)} of its versions; later ones are darker."
@@ -214,7 +221,11 @@ def _training(run: Run) -> Html:
     steps = [entry["step"] for entry in lines]
     starts = [run.plan.first_step[index] for index in range(run.plan.rounds)]
     wanted = (
-        ("loss", {"loss": "loss", "dataset pairs": "loss_offline", "online pairs": "loss_online"}, "Loss of a step's pairs."),
+        (
+            "loss",
+            {"loss": "loss", "dataset pairs": "loss_offline", "online pairs": "loss_online"},
+            "Loss of a step's pairs.",
+        ),
         (
             "margin",
             {"dataset pairs": "margin_offline", "online pairs": "margin_online"},
@@ -254,7 +265,9 @@ def _time(summary: dict[str, Any]) -> Html:
         "Seconds of each role by activity, all attempts together. Grey is time without work: start (imports, first load), wait "
         "(for annotations), idle (everything else, engines starting included)."
     )
-    return page.section("Where the time went", page.grid(page.figure(plots.time_bars(slots, colours), caption, wide=True)))
+    return page.section(
+        "Where the time went", page.grid(page.figure(plots.time_bars(slots, colours), caption, wide=True))
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the texts
@@ -347,16 +360,22 @@ def _attempts(summary: dict[str, Any]) -> Html:
         for attempt in order[:ATTEMPTS_SHOWN]
     ]
     note = f"{len(attempts)} attempts; {ATTEMPTS_SHOWN} are shown." if len(attempts) > ATTEMPTS_SHOWN else ""
-    return page.section("Attempts", page.table(["attempt", "ended", "lasted", "host", "message"], rows, "words"), note=note)
+    return page.section(
+        "Attempts", page.table(["attempt", "ended", "lasted", "host", "message"], rows, "words"), note=note
+    )
 
 
 def _configuration(run: Run) -> Html:
-    defaults = dict(flatten(config.identity(Config()) | config.operations(Config())))
-    halves = (("Identity", config.identity(run.config)), ("Operations", config.operations(run.config)))
+    defaults = dict(flatten(configuration.identity(Config()) | configuration.operations(Config())))
+    halves = (("Identity", configuration.identity(run.config)), ("Operations", configuration.operations(run.config)))
     parts = []
     for title, values in halves:
         rows = [
-            [tag("b", key) if value != defaults.get(key) else key, str(value), "" if value == defaults.get(key) else _default(defaults, key)]
+            [
+                tag("b", key) if value != defaults.get(key) else key,
+                str(value),
+                "" if value == defaults.get(key) else _default(defaults, key),
+            ]
             for key, value in flatten(values)
         ]
         parts.append(page.details(title, page.table(["key", "value", "default"], rows, "words settings")))
@@ -368,4 +387,6 @@ def _default(defaults: dict[str, Any], key: str) -> str:
 
 
 def _footer() -> Html:
-    return tag("footer", f"Written by metaapo {__version__}. Numbers: summary.json; rows: the Parquet files of the run.")
+    return tag(
+        "footer", f"Written by metaapo {__version__}. Numbers: summary.json; rows: the Parquet files of the run."
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -163,7 +164,9 @@ def _warnings(reader: Reader, found: dict[str, Any]) -> list[str]:
     warnings = []
     if found["outcome"] != "finished":
         state = found["outcome"] or "not finished"
-        warnings.append(f"The run is {state}{': ' + found['reason'] if found['reason'] else ''}. The numbers are partial.")
+        warnings.append(
+            f"The run is {state}{': ' + found['reason'] if found['reason'] else ''}. The numbers are partial."
+        )
     flat = [str(entry["round"]) for entry in [found["warm_start"], *found["rounds"]] if entry and entry["flat"]]
     if flat:
         sentence = flat_warning(flat)
@@ -177,7 +180,9 @@ def _warnings(reader: Reader, found: dict[str, Any]) -> list[str]:
     warnings += _about_length(found)
     unjudged = sum(policy["answered"] - policy["judged"] for policy in found["policies"])
     if unjudged:
-        warnings.append(f"{unjudged} evaluated responses have no reward (the reward model failed); means leave them out.")
+        warnings.append(
+            f"{unjudged} evaluated responses have no reward (the reward model failed); means leave them out."
+        )
     return warnings + [f"Cannot read {name}: {detail}" for name, detail in sorted(reader.damage.items())]
 
 
@@ -207,11 +212,11 @@ def _about_length(found: dict[str, Any]) -> list[str]:
 def render_rounds(summary: dict[str, Any]) -> RenderableType:
     """The table of rounds for a terminal: what each round asked for, and the policy it made."""
     metrics = progress.metric_names(summary["policies"])
-    table = Table(title=f"{summary['method']}: {summary['run']}", title_justify="left", title_style="bold")
-    for heading in ("round", "pairs", "sampled", "online pairs"):
-        table.add_column(heading, justify="right")
-    for heading in ("reward", "win rate", *(f"{name} reward" for name in metrics), "tokens"):
-        table.add_column(heading, justify="right", style="cyan")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("round", "pairs", "sampled", "online"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("reward", "win", *metrics, "tokens"):
+        table.add_column(heading, justify="right", style="cyan", no_wrap=True)
     policies = {policy["version"]: policy for policy in summary["policies"]}
     table.add_row("start", "", "", "", *_policy_cells(policies.get(0), metrics))
     for entry in [summary["warm_start"], *summary["rounds"]]:
@@ -225,9 +230,9 @@ def render_rounds(summary: dict[str, Any]) -> RenderableType:
             f"{entry['online']:,}" if entry["gated"] else "–",
             *_policy_cells(policies.get(entry["round"] + 1), metrics),
         )
-    lines = [Text("  ".join(_sentences(summary, metrics)))]
+    lines = [Text("\n".join(_sentences(summary, metrics)))]
     lines += [Text(f"! {warning}", style="yellow") for warning in summary["warnings"]]
-    return Group(table, *lines)
+    return Group(Text(f"{summary['method']}  {summary['run']}", style="bold"), table, *lines)
 
 
 def _policy_cells(policy: dict[str, Any] | None, metrics: list[str]) -> list[str]:
@@ -260,4 +265,4 @@ def _sentences(summary: dict[str, Any], metrics: list[str]) -> list[str]:
         found.append(
             f"{annotations['made']:,} of {annotations['of']:,} annotations made, {annotations['saved_fraction']:.0%} saved."
         )
-    return [*found, f"{duration(summary['wall_seconds'])}."]
+    return [*found, f"Wall time {duration(summary['wall_seconds'])}."]

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.reporting.sketch import Sketch, step_line
+from toolkit.exchange import layout
+from toolkit.exchange.records import Records, Ref
+from toolkit.reporting import progress, status
+from toolkit.reporting.pace import pace
+from toolkit.reporting.progress import Settled, trained_shards
+
+
+def shown(found: dict, width: int = 80) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(status.render(found, 2.0))
+    return console.export_text()
+
+
+def test_a_run_that_is_not_prepared(sketch: Sketch) -> None:
+    found = status.collect(sketch.reopen(), [])
+    assert found["steps"] is None and found["rounds"] == [] and found["outcome"] is None
+    assert "not prepared yet" in shown(found)
+    assert status.line(found) == "preparing"
+    assert status.line({}) == "no status yet"
+    shown({})
+
+
+def test_stages_of_every_round(halfway: Sketch) -> None:
+    found = status.collect(halfway.reopen(), [])
+    stages = [[entry[name] for name in status.STAGES] for entry in found["rounds"]]
+    # the warm start is trained only; in round 1 nothing was asked of the second shard, so it counts as annotated
+    assert stages == [[0, 0, 0, 0, 1], [2, 2, 2, 2, 2], [1, 1, 1, 0, 0]]
+    assert [entry["gated"] for entry in found["rounds"]] == [False, True, True]
+    assert found["rounds"][1]["outcomes"] == {"pair": 2, "tie": 1}
+    assert (found["rounds"][2]["asked"], found["rounds"][2]["decided"]) == (1, 4)
+    assert found["steps"] == {"done": 6, "of": 10}
+    # 3 prompts were annotated, 2 responses each; 12 pairs are decided, of which 4 were asked
+    assert found["annotations"] == {"made": 6, "of": 24, "saved_fraction": 1 - 4 / 12}
+
+
+def test_evaluations_and_their_win_rate(halfway: Sketch) -> None:
+    first, second = status.collect(halfway.reopen(), [])["evaluations"]
+    assert (first["version"], first["reward"], first["win_rate"]) == (0, 1.5, 0.5)
+    # 1 > 0, 1 = 1, 1 < 2, 5 > 3
+    assert (second["reward"], second["win_rate"], second["metrics"]) == (2.0, (1 + 0.5 + 0 + 1) / 4, {"gold": 0.5})
+
+
+def test_a_policy_evaluated_before_the_initial_one_gets_its_win_rate_later(sketch: Sketch) -> None:
+    sketch.pairs()
+    sketch.policy(0)
+    sketch.policy(1)
+    sketch.evaluation(1, [2.0, 2.0, 0.0, 0.0], [0.0] * 4)
+    before = status.collect(sketch.reopen(), [])
+    assert before["evaluations"][0]["win_rate"] is None
+    sketch.evaluation(0, [1.0, 1.0, 1.0, 1.0], [0.0] * 4)
+    after = status.collect(sketch.reopen(), [], before)
+    assert [entry["win_rate"] for entry in after["evaluations"]] == [0.5, 0.5]
+
+
+def test_the_previous_status_gives_the_same_and_saves_looking(halfway: Sketch, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = status.collect(halfway.reopen(), [])
+    halfway.annotations(2, 0, {"r2-0": "pair"})
+    looked: list[Ref] = []
+    find = Records.find
+    monkeypatch.setattr(Records, "find", lambda self, ref: (looked.append(ref), find(self, ref))[1])
+    following = status.collect(halfway.reopen(), [], json.loads(json.dumps(whole)))
+    of_rounds = {str(ref) for ref in looked if ref.directory.startswith("rounds/")}
+    # round 1 is done; of round 2 the next score, the next request and the one open shard are looked at
+    assert of_rounds == {
+        str(layout.logprobs("policy-0002", "offline", 2, 1)),
+        str(layout.requests(2, 1)),
+        str(layout.annotations(2, 0)),
+    }
+    assert following["rounds"][2]["annotated"] == 1
+    assert following == status.collect(halfway.reopen(), [])
+
+
+def test_looking_goes_on_beyond_the_window_and_past_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "WINDOW", 3)
+    many = Sketch(tmp_path / "run", pairs_per_round=[4, 40, 4])
+    many.pairs()
+    many.policy(0)
+    many.policy(1)
+    for shard in range(10):
+        many.requests(1, shard, [True, False, False, False])
+        if shard != 4:
+            many.annotations(1, shard, {f"r1-{4 * shard}": "pair"})
+    entry = status.collect(many.reopen(), [])["rounds"][1]
+    assert (entry["sampled"], entry["annotated"], entry["settled"]["annotated"][0]) == (9, 9, 4)
+    assert entry["outcomes"] == {"pair": 9}
+
+
+def test_settled_shards_are_kept_short() -> None:
+    settled = Settled(2, [4])
+    settled.add(2)
+    settled.add(1)
+    assert (settled.following, settled.ahead, settled.count, settled.open(7)) == (3, {4}, 4, [3, 5, 6])
+    settled.add(3)
+    assert (settled.following, settled.ahead) == (5, set())
+
+
+def test_trained_shards_over_several_epochs(tmp_path: Path) -> None:
+    # 3 shards of 4, 4 and 2 pairs: 2 + 2 + 1 batches an epoch, 2 epochs
+    run = Sketch(tmp_path / "run", pairs_per_round=[10, 4], epochs=2, rounds=1)
+    run.pairs()
+    plan = run.reopen().plan
+    assert [trained_shards(plan, 0, steps) for steps in range(12)] == [0] * 7 + [1, 1, 2, 3, 3]
+
+
+def test_pace_of_the_newest_attempt(halfway: Sketch) -> None:
+    halfway.attempt("trainer", 0, "aaa", {"outcome": "died"})
+    halfway.attempt("trainer", 1, "bbb")
+    halfway.metrics("trainer", "aaa", [step_line(9, 50.0)])  # a step that the death undid
+    lines = [{"time": 100.0, "kind": "restore", "step": 6, "round": 2}, step_line(6, 104.0), step_line(7, 106.0)]
+    halfway.metrics("trainer", "bbb", [*lines, {"time": 107.0, "kind": "step", "step": 8, "stepped": False}])
+    with (halfway.root / "metrics" / "trainer.bbb.jsonl").open("a") as file:
+        file.write('{"time": 108.0, "kind": "st')  # torn
+    found = status.collect(halfway.reopen(), [])
+    assert found["steps"]["done"] == 9
+    assert found["tokens_per_second"] == 200.0  # 2 x 100 tokens in 2 x 0.5 s
+    assert found["seconds_left"] == pytest.approx((107 - 100) / 3)  # one step left, 3 took 7 s
+
+
+def test_a_long_metrics_file_is_read_at_its_ends(halfway: Sketch) -> None:
+    halfway.attempt("trainer", 0, "aaa")
+    lines = [{"time": 0.0, "kind": "start", "step": 0}, *(step_line(n, 2.0 * (n + 1)) for n in range(2000))]
+    halfway.metrics("trainer", "aaa", lines)
+    assert pace(halfway.reopen()) == {"step": 2000, "tokens_per_second": 200.0, "seconds_per_step": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "s", "w", "flat"),
+    [
+        ("meta", [-0.7] * 4, [0.5] * 4, True),
+        ("meta", [-0.7, -0.5, -0.3, -0.1], [0.4, 0.5, 0.6, 0.7], False),
+        ("threshold", [-0.7, -0.5, -0.3, -0.1], [1.0] * 4, False),
+        ("all", [-0.7] * 4, [0.0] * 4, None),
+    ],
+)
+def test_a_gate_without_variance_is_flagged(tmp_path: Path, kind: str, s: list, w: list, flat: bool | None) -> None:
+    run = Sketch(tmp_path / "run", gate={"kind": kind})
+    run.pairs()
+    run.policy(0)
+    run.policy(1)
+    run.requests(1, 0, [True] * 4, s, w)
+    found = status.collect(run.reopen(), [])
+    assert found["rounds"][1]["flat"] is flat
+    assert bool(found["warnings"]) is bool(flat)
+
+
+def test_a_damaged_record_is_a_warning(halfway: Sketch) -> None:
+    path = halfway.run.records.require(layout.evaluation(1)).path
+    path.write_bytes(path.read_bytes().replace(b'"version": 1', b'"version": 7'))
+    found = status.collect(halfway.reopen(), [])
+    assert [entry["version"] for entry in found["evaluations"]] == [0]
+    assert any("evaluations/0001" in warning for warning in found["warnings"])
+    shown(found)
+
+
+def test_outcome_and_jobs(finished: Sketch) -> None:
+    jobs = [{"slot": "trainer", "number": 1, "attempt": "bbb", "outcome": "failed", "message": "no [disk]"}]
+    jobs += [
+        {"slot": f"worker-{n:03d}", "number": 0, "attempt": "x", "outcome": "running", "message": None}
+        for n in range(9)
+    ]
+    found = status.collect(finished.reopen(), jobs)
+    assert found["outcome"] == "finished" and found["seconds_left"] is None
+    assert json.loads(json.dumps(found)) == found
+    text = shown(found)
+    assert "finished" in text and "trainer (attempt 2) failed" in text and "no [disk]" in text
+    assert "9 workers 9 running" in text and "worker-003" not in text
+    assert status.line(found).startswith("finished: ")
+    assert status.collect(finished.reopen(), [], found)["jobs"] == jobs
+
+
+def test_the_table_fits_80_columns(halfway: Sketch) -> None:
+    text = shown(status.collect(halfway.reopen(), []))
+    [start, warm, one, two] = [line for line in text.splitlines() if line[:5].strip() in ("start", "0", "1", "2")]
+    assert start.split() == ["start", "1.500", "50%", "0.250"]
+    assert warm.split() == ["0", "4", "–", "–", "–", "–", "1/1", "2.000", "62%", "0.500"]
+    assert one.split() == ["1", "8", "2/2", "2/2", "2/2", "2/2", "2/2", "38%"]
+    assert two.split() == ["2", "8", "1/2", "1/2", "1/2", "0/2", "0/2", "25%"]
+    assert "67% saved" in text and "step 6 of 10" in text
+
+
+def test_the_line_changes_with_what_got_done(halfway: Sketch) -> None:
+    before = status.collect(halfway.reopen(), [])
+    assert status.line(before) == (
+        "round 2 of 0-2 | scored 1/2 requested 1/2 sampled 1/2 annotated 0/2 trained 0/2 | "
+        "policy 1: reward 2.000 win rate 0.625 gold 0.500"
+    )
+    halfway.annotations(2, 0, {"r2-0": "pair"})
+    assert "annotated 1/2" in status.line(status.collect(halfway.reopen(), [], before))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12.4, "12 s"), (200, "3 m 20 s"), (7500, "2 h 5 m"), (273600, "3 d 4 h"), (-1, "0 s")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert status.duration(seconds) == text
