@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False)
 
 
 def _composed(overrides: list[str]) -> Any:
@@ -133,20 +133,22 @@ def _go_on(run: Run, detach: bool) -> int:
     console = _console()
     if detach:
         control.start(run)
-        console.print(f"started. Watch: metaapo status {run.root} --watch   Stop: metaapo cancel {run.root}")
+        console.print(
+            f"started. Watch: metaapo status {run.root} --watch   Stop: metaapo cancel {run.root}", soft_wrap=True
+        )
         return 0
     try:
         outcome = control.follow_live(run, console)
     except KeyboardInterrupt:
-        console.print("stopping: the roles save and leave …")
+        console.print("stopping: the roles save and leave …", soft_wrap=True)
         control.cancel(run)
-        console.print(f"saved. Continue with: metaapo resume {run.root}")
+        console.print(f"saved. Continue with: metaapo resume {run.root}", soft_wrap=True)
         return 130
     if outcome == "finished":
         report(argparse.Namespace(run=run.root))
         return 0
     closing = run.closing()
-    console.print(f"{outcome}: {closing.attributes['reason'] if closing is not None else ''}")
+    console.print(f"{outcome}: {closing.attributes['reason'] if closing is not None else ''}", soft_wrap=True)
     return 1
 
 
@@ -204,7 +206,9 @@ def tick(options: argparse.Namespace) -> None:
     run = Run.open(options.run, f"tick-{os.getpid()}")
     control.tick(run)
     closing = run.closing()
-    _console().print(f"{options.run}: {closing.attributes['outcome'] if closing is not None else 'going on'}")
+    _console().print(
+        f"{options.run}: {closing.attributes['outcome'] if closing is not None else 'going on'}", soft_wrap=True
+    )
 
 
 def cancel(options: argparse.Namespace) -> None:
@@ -212,7 +216,9 @@ def cancel(options: argparse.Namespace) -> None:
     from toolkit.launch import control
 
     found = control.cancel(Run.open(options.run, "cancel"))
-    _console().print(f"cancelled; {found} attempt(s) stopped, none left. Continue with: metaapo resume {options.run}")
+    _console().print(
+        f"cancelled; {found} attempt(s) stopped, none left. Continue with: metaapo resume {options.run}", soft_wrap=True
+    )
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -239,9 +245,11 @@ def report(options: argparse.Namespace) -> None:
         from toolkit.reporting import tensorboard
 
         tensorboard.write_events(run)
-        console.print(f"report: {html.write_report(run)}")
+        console.print(f"report: {html.write_report(run)}", soft_wrap=True)
     except ImportError as error:
-        console.print(f"no HTML report: {error.name} is not installed here (pip install 'metaapo\\[report]')")
+        console.print(
+            f"no HTML report: {error.name} is not installed here (pip install 'metaapo[report]')", soft_wrap=True
+        )
 
 
 if __name__ == "__main__":

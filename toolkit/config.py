@@ -64,11 +64,11 @@ class MetaConfig:
     interval: int = 8  # T_meta, optimizer steps
     remainder: str = "update"  # update, discard: the steps after a round's last full interval
     lag: int = 1  # versions that the training weight is behind; 0 waits for each
-    epochs: int = 4  # passes over a meta batch
-    minibatch: int | None = 64  # rows of one Adam step; null: all rows
-    learning_rate: float = 5e-3
+    epochs: int = 1  # passes over a meta batch
+    minibatch: int | None = 128  # rows of one Adam step; null: all rows
+    learning_rate: float = 1e-3
     weight_decay: float = 1e-4
-    clamp: float = 0.0  # weights stay within [clamp, 1 - clamp]
+    clamp: float = 0.02  # weights stay within [clamp, 1 - clamp]
 
 
 @dataclass

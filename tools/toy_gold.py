@@ -2,8 +2,8 @@
 
 A prompt asks for some words of one tone; a good answer lists as many, all of that tone, different and strong:
 
-    find three kind words for the old house.      it is lovely golden superb.
-    write two grim words about the big lake.      it is bleak cruel.
+    find three kind words for the old house.      lovely golden superb
+    write two grim words about the big lake.      bleak cruel
 
 The toy world copies this file to its folder as `gold.py`; it needs nothing but the standard library.
 """
@@ -26,7 +26,6 @@ MILD_WORDS = {
     "grim": ("bad", "cold", "drab", "dull", "harsh", "poor", "sad", "stale"),
 }
 TONES = tuple(STRONG_WORDS)
-OPENING = "it is "
 COUNTS = {"two": 2, "three": 3, "four": 4, "five": 5}
 
 _PROMPT = re.compile(rf"[a-z ]*\b({'|'.join(COUNTS)}) ({'|'.join(TONES)}) words (?:about|for) the [a-z ]+\.")
@@ -50,13 +49,11 @@ def parse(prompt: str) -> Request:
 def reward(prompt: str, response: str) -> float:
     """How good `response` is, from 0 to 1.
 
-    The mean worth of the words asked for or, if more, of the words given; a tenth less without "it is" in front, and
-    another without the full stop. A strong word of the tone is worth 1, a mild one 1/2; any other, one given before, one
-    too many and one missing are worth nothing. So neither more words nor repeated ones ever pay.
+    The mean worth of the words asked for or, if more, of the words given. A strong word of the tone is worth 1, a mild
+    one 1/2; any other, one given before, one too many and one missing are worth nothing. So neither more words nor
+    repeated ones ever pay.
     """
     count, tone = parse(prompt)
-    text = response.strip()
-    words = text.removeprefix(OPENING).removesuffix(".").split()
+    words = response.split()
     worth = sum(1.0 if word in STRONG_WORDS[tone] else 0.5 * (word in MILD_WORDS[tone]) for word in set(words[:count]))
-    form = 1.0 - 0.1 * (not text.startswith(OPENING)) - 0.1 * (not text.endswith("."))
-    return form * worth / max(count, len(words))
+    return worth / max(count, len(words))

@@ -52,7 +52,6 @@ CHAT_TEMPLATE = (
 MAX_NEW_TOKENS = 32
 POLICY_CARE = (0.3, 0.7)  # range of the care of the answers that teach the policy
 REWARD_CARE = (0.3, 1.0)  # and the reward model, which will see better answers than the policy's first ones
-MISSING_STOPS = 0.03  # share of answers without a full stop, whoever writes
 REWARD_LABEL_NOISE = 0.05
 ANSWERS_COMPARED = 4  # to each prompt
 
@@ -108,24 +107,24 @@ def write_answer(prompt: str, care: float, rng: random.Random) -> str:
     for place in range(count):
         if slips():
             words[place] = rng.choice(gold.STRONG_WORDS[rng.choice(gold.TONES)])
-    return gold.OPENING + " ".join(words) + ("" if rng.random() < MISSING_STOPS else ".")
+    return " ".join(words)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a token for each word of the toy world, leading space included; it can spell any text."""
-    words = [*gold.COUNTS, *gold.TONES, *THINGS[0], *THINGS[1], "words", "about", "for", "the", "is"]
+    """A byte-level BPE tokenizer with a token for each word of the toy world; it can spell any text."""
+    words = [*gold.COUNTS, *gold.TONES, *THINGS[0], *THINGS[1], "words", "about", "for", "the", *VERBS]
     words += [word for by_tone in (gold.STRONG_WORDS, gold.MILD_WORDS) for tone in by_tone.values() for word in tone]
-    corpus = [*VERBS, "it", *(f" {word}" for word in words)]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # The prefix space makes one token of a word, be it the first of a text or not.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=551,  # all words but one, and odd: tensor parallelism has to pad it
+        vocab_size=1000,  # more than there is to merge
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.train_from_iterator(words, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
@@ -256,7 +255,7 @@ def sample(
 def make_pairs(prompts: list[str], responses: list[str], rng: random.Random) -> list[dict[str, str]]:
     """One pair per prompt: the policy's response and a writer's answer of other gold, some labelled the wrong way."""
     pairs = []
-    for prompt, response in zip(prompts, responses, strict=True):
+    for prompt, response in zip(prompts, map(str.strip, responses), strict=True):
         care, wrong = OFFLINE[gold.parse(prompt).tone]
         answer = write_answer(prompt, care, rng)
         while abs(gold.reward(prompt, answer) - gold.reward(prompt, response)) < LEAST_GAP:

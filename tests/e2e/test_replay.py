@@ -13,9 +13,9 @@ from tests.e2e.conftest import background, metaapo, wait_until, weight_digests
 from toolkit.exchange import layout, lineage
 from toolkit.exchange.run import Run
 
-# Largest difference of any final weight across layouts, fp32: other orders of summation, amplified by Adam's division of small
-# gradients by small moments over all the run's steps. docs/numerics.md derives it.
-ACROSS_LAYOUTS = 2e-3
+# Largest difference of any final weight across layouts, fp32, after 24 steps: other orders of summation, which Adam amplifies where a
+# gradient is close to 0. Measured 4e-7 (docs/numerics.md); the weights themselves move by 4e-3.
+ACROSS_LAYOUTS = 5e-6
 
 
 def replay(source: Run, folder: Path, *arguments: str) -> Run:
@@ -41,7 +41,7 @@ def test_a_replay_in_another_layout_gives_the_same_weights(finished_run: Run, tm
     assert expected.keys() == found.keys()
     worst = max(float(abs(expected[name] - found[name]).max()) for name in expected)
     moved = max(float(abs(expected[name] - value).max()) for name, value in weights_at_start(finished_run).items())
-    assert worst <= ACROSS_LAYOUTS < moved / 5
+    assert worst <= ACROSS_LAYOUTS < moved / 100
     assert metaapo("verify", str(again.root)).returncode == 0
 
 

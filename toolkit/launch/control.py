@@ -44,7 +44,7 @@ def prepare(run: Run, console: Console) -> None:
     try:
         from toolkit.data.publish import prepare_run
     except ImportError:
-        console.print("the data will be prepared by the trainer (its packages are not installed here)")
+        console.print("the data will be prepared by the trainer (its packages are not installed here)", soft_wrap=True)
         return
     from rich.progress import Progress
 
@@ -55,8 +55,11 @@ def prepare(run: Run, console: Console) -> None:
     dropped = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items()) or "none"
     console.print(
         f"prepared {counts['pairs']} pairs in rounds of {manifest.attributes['pairs_per_round']} and {counts['heldout']} held-out "
-        f"prompts from {counts['rows']} rows; dropped: {dropped}"
+        f"prompts from {counts['rows']} rows; dropped: {dropped}",
+        soft_wrap=True,
     )
+    for note in manifest.attributes["notes"]:
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def tick(run: Run) -> None:
@@ -120,11 +123,11 @@ def dry_run(config: Config, console: Console) -> None:
 
     configuration.validate(config)
     preflight(config)
-    console.print(f"run directory: {config.run}" + (" (exists)" if Path(config.run).exists() else ""))
+    console.print(f"run directory: {config.run}" + (" (exists)" if Path(config.run).exists() else ""), soft_wrap=True)
     for job in planned_jobs(config):
-        console.print(f"  {job}")
+        console.print(f"  {job}", soft_wrap=True)
     for sentence in estimate(config):
-        console.print(sentence)
+        console.print(sentence, soft_wrap=True)
 
 
 def planned_jobs(config: Config) -> list[str]:

@@ -28,7 +28,13 @@ def preflight(config: Config) -> None:
         method.warm_start,
         len(config.gated),
         objective.needs_reference,
+        initial_is_policy=config.model.reference in (None, config.model.policy),
     )
+    if method.weight.kind == "constant" and not 0 <= method.weight.parameters.get("value", -1) <= 1:
+        raise UserError(
+            "method.weight.kind=constant needs method.weight.parameters.value in [0, 1], got "
+            f"{method.weight.parameters.get('value')!r}"
+        )
     if not Path(config.data.path).exists() and ("/" not in config.data.path or config.data.path.startswith(("/", "."))):
         raise UserError(f"data.path: expected a file or a dataset id, got {config.data.path}, which does not exist")
     model = check_model("model.policy", config.model.policy, POLICIES)

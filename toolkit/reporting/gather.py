@@ -49,6 +49,30 @@ def meta_rows(reader: Reader) -> dict[str, np.ndarray]:
     }
 
 
+def sampled_rewards(reader: Reader, rounds: Sequence[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """Mean rewards of the responses sampled in each round: of each prompt's ``best``, of ``all``, of each prompt's ``worst``."""
+    found: dict[int, dict[str, float]] = {}
+    for entry in rounds:
+        index = entry["round"]
+        read = [
+            reader.table(layout.annotations(index, shard)) for shard in spread(reader.run.plan.shards(index), SHARDS)
+        ]
+        prompts = [
+            known
+            for table in read
+            if table is not None
+            for rewards in table["rewards"].to_pylist()
+            if (known := [value for value in rewards if _finite(value) is not None])
+        ]
+        if prompts:
+            found[index] = {
+                "best": float(np.mean([max(rewards) for rewards in prompts])),
+                "all": float(np.mean([value for rewards in prompts for value in rewards])),
+                "worst": float(np.mean([min(rewards) for rewards in prompts])),
+            }
+    return found
+
+
 def learner_curves(reader: Reader, s: np.ndarray) -> dict[int, np.ndarray]:
     """Weights w ``(points,)`` of features ``s`` ``(points,)`` by meta-learner version.
 

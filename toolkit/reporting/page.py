@@ -59,13 +59,14 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]], kind: str =
     """A table that scrolls sideways where it must; nothing without rows."""
     if not rows:
         return Html("")
-    head = tag("tr", *(tag("th", heading) for heading in headings))
+    head = tag("thead", tag("tr", *(tag("th", heading) for heading in headings))) if headings else Html("")
     body = (tag("tr", *(tag("td", cell) for cell in row)) for row in rows)
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *body), kind=kind), kind="scroll")
+    return tag("div", tag("table", head, tag("tbody", *body), kind=kind), kind="scroll")
 
 
 def figure(drawing: str, caption: str, wide: bool = False) -> Html:
     """An inline drawing with its caption."""
+    drawing = drawing.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
     return tag("figure", Html(drawing), tag("figcaption", caption), kind="wide" if wide else "")
 
 
@@ -95,11 +96,11 @@ def quote(text: str | None, heading: object, remark: object = "", kind: str = ""
 
 STYLE = """
 :root { color-scheme: light dark;
-  --paper: #f6f7f9; --card: #ffffff; --ink: #1b1f27; --muted: #667085; --line: #dfe3ea; --accent: #2358d5;
+  --paper: #f6f7f9; --card: #ffffff; --ink: #1b1f27; --muted: #667085; --line: #dfe3ea;
   --good: #18794e; --bad: #c02b2b; --warn: #8a5a00; --warn-paper: #fff6e0;
   --c1: #2f6fed; --c2: #e0752d; --c3: #1f9d6b; --c4: #c13a8a; --c5: #7a5ad6; --c6: #12909f; --c7: #a08a12; --c8: #94614a; }
 @media (prefers-color-scheme: dark) { :root {
-  --paper: #12151b; --card: #1a1f28; --ink: #e6e9ef; --muted: #97a1b3; --line: #2e3644; --accent: #82aaff;
+  --paper: #12151b; --card: #1a1f28; --ink: #e6e9ef; --muted: #97a1b3; --line: #2e3644;
   --good: #5fcf9a; --bad: #ff8080; --warn: #f0c674; --warn-paper: #2b2618;
   --c1: #6ea1ff; --c2: #f2995c; --c3: #55c998; --c4: #ec7bbd; --c5: #a992f2; --c6: #4fc3d1; --c7: #cfba4e; --c8: #c49580; } }
 * { box-sizing: border-box; }
@@ -128,7 +129,7 @@ tbody tr:last-child td { border-bottom: 0; }
 th { color: var(--muted); font-weight: 500; font-size: 0.82rem; }
 th:first-child, td:first-child { text-align: left; }
 table.words th, table.words td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
-table.words td:first-child { white-space: nowrap; }
+table.words td:first-child { white-space: nowrap; width: 1%; padding-right: 2rem; }
 table.settings td { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.82rem; padding: 0.2rem 0.8rem; }
 table.settings td:last-child { color: var(--muted); }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 0.9rem; margin: 0.75rem 0; }
@@ -149,12 +150,13 @@ details { margin: 0.6rem 0; } summary { cursor: pointer; font-weight: 600; paddi
 .pair > .note { font-size: 0.82rem; font-variant-numeric: tabular-nums; margin: 0.6rem 0 0; max-width: none; }
 footer { margin-top: 3rem; color: var(--muted); font-size: 0.85rem; }
 @media print {
-  :root { --paper: #fff; --card: #fff; --ink: #111; --muted: #555; --line: #ccc; --accent: #2358d5; --good: #18794e;
+  :root { --paper: #fff; --card: #fff; --ink: #111; --muted: #555; --line: #ccc; --good: #18794e;
     --bad: #c02b2b; --warn: #8a5a00; --warn-paper: #fff; --c1: #2f6fed; --c2: #e0752d; --c3: #1f9d6b; --c4: #c13a8a;
     --c5: #7a5ad6; --c6: #12909f; --c7: #a08a12; --c8: #94614a; }
   main { max-width: none; padding: 0; } body { font-size: 11px; }
-  figure, .pair, .card, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
-  .grid { grid-template-columns: repeat(2, 1fr); } .text { max-height: none; }
+  figure, .pair, .card, tr { break-inside: avoid; } h2, h3, h2 + .note { break-after: avoid; }
+  .scroll { overflow: visible; } th, td { padding: 0.2rem 0.35rem; } h2 { margin-top: 1.5rem; }
+  .grid { grid-template-columns: repeat(3, 1fr); } .text { max-height: none; }
   details::details-content { content-visibility: visible; height: auto; }
 }
 """

@@ -42,10 +42,10 @@ STYLE = {
     "lines.linewidth": 1.6,
     "figure.facecolor": "none",
 }
-SMALL, WIDTH = (3.8, 2.5), 9.0  # inches; the page scales them
+COMPACT, SMALL, WIDTH = (3.0, 2.2), (3.8, 2.5), 9.0  # inches; the page scales them
 
 OUTCOMES = ("pair", "tie", "all_truncated", "prompt_rejected", "reward_failed")
-PASSIVE = {"wait": 0.55, "idle": 0.3, "start": 0.8}  # grey, by opacity
+PASSIVE = {"start": 0.8, "wait": 0.55, "idle": 0.3}  # grey, by opacity
 
 
 def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -58,16 +58,22 @@ def _svg(figure: Figure) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg ', lambda m: f"<svg {m[1] or ''}", text, count=1)
+    for pattern, replacement in (
+        (r'(<svg [^>]*?) width="[^"]*"', r"\1"),  # the page says how large it is
+        (r'(<svg [^>]*?) height="[^"]*"', r"\1"),
+        (r"<metadata>.*?</metadata>\s*", ""),
+        (r'<g id="[^"]*"', "<g"),  # the same in every drawing
+    ):
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
-    return re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    return text
 
 
 def by_policy(values: Mapping[int, float], errors: Mapping[int, float | None], name: str, colour: int = 0) -> str:
     """A value of each policy with its standard error; a win rate has its line at one half."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(SMALL)
+        figure, axes = _figure(COMPACT)
         versions = sorted(values)
         axes.errorbar(
             versions,
@@ -103,11 +109,28 @@ def outcomes_by_round(rounds: Sequence[Mapping[str, object]]) -> str:
         if (asked - left > 1e-9).any():
             axes.barh(labels, np.maximum(asked - left, 0), left=left, height=0.62, color=MUTED, alpha=0.3, label="open")
         for index, fraction in enumerate(asked):
-            axes.annotate(f" {fraction:.0%}", (max(fraction, left[index]), index), va="center", fontsize=8.5)
+            axes.text(max(fraction, left[index]) + 0.015, index, f"{fraction:.0%}", va="center", fontsize=8.5)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
         axes.invert_yaxis()
         axes.set_xlabel("of the round's pairs")
+        _legend_above(axes)
+        return _svg(figure)
+
+
+def rewards_by_round(rewards: Mapping[int, Mapping[str, float]]) -> str:
+    """Mean rewards of the sampled responses by round: of the best, of all, of the worst of a prompt."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(SMALL)
+        rounds = sorted(rewards)
+        for index, name in enumerate(("best", "all", "worst")):
+            axes.plot(
+                rounds, [rewards[r][name] for r in rounds], color=SERIES[index], marker="o", markersize=5, label=name
+            )
+        axes.set_xticks(rounds)
+        axes.margins(x=0.08, y=0.15)
+        axes.set_xlabel("round")
+        axes.set_ylabel("reward")
         _legend_above(axes)
         return _svg(figure)
 
@@ -140,7 +163,8 @@ def histograms(values: Mapping[int, np.ndarray], name: str, bounds: tuple[float,
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(SMALL)
         low, high = bounds or _bounds(np.concatenate(list(values.values())))
-        edges = np.linspace(low, high, 41)
+        bins = int(np.clip(np.sqrt(max(map(len, values.values()))), 10, 40))
+        edges = np.linspace(low, high, bins + 1)
         for rank, (index, found) in enumerate(sorted(values.items())):
             counts, _ = np.histogram(np.clip(found, low, high), edges)
             last = rank == len(values) - 1
@@ -163,7 +187,7 @@ def _bounds(values: np.ndarray) -> tuple[float, float]:
 
 
 def gain_by_weight(weights: np.ndarray, gain: np.ndarray) -> str:
-    """Mean of ℓ_on − ℓ_off (scores, higher is better) of meta-batch rows by their gate weight, with standard errors."""
+    """Mean of ℓ(online) − ℓ(dataset) (scores, higher is better) of meta-batch rows by their gate weight, with standard errors."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(SMALL)
         edges = np.linspace(0, 1, 11)
@@ -189,7 +213,7 @@ def gain_by_weight(weights: np.ndarray, gain: np.ndarray) -> str:
         axes.set_xlim(0, 1)
         axes.margins(y=0.15)
         axes.set_xlabel("weight w at the gate")
-        axes.set_ylabel("ℓ_on − ℓ_off")
+        axes.set_ylabel("ℓ(online) − ℓ(dataset)")
         return _svg(figure)
 
 
@@ -236,7 +260,8 @@ def time_bars(slots: Mapping[str, Mapping[str, float]], colours: Sequence[str]) 
         unit, size = ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
         names = list(slots)
         left = np.zeros(len(names))
-        for activity in (*colours, *PASSIVE):
+        first, *last = PASSIVE
+        for activity in (first, *colours, *last):
             widths = np.array([slots[name].get(activity, 0.0) / size for name in names])
             if not widths.any():
                 continue

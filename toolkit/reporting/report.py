@@ -82,7 +82,9 @@ def _cards(summary: dict[str, Any]) -> Html:
         entries.append(("annotations saved", f"{saved:.1%}", f"{made:,} made, {of:,} if all were sampled"))
     steps = summary["steps"]
     entries.append(("pairs", f"{summary['pairs']:,}", f"{steps['done']:,} of {steps['of'] or 0:,} optimizer steps"))
-    entries.append(("wall time", duration(summary["wall_seconds"]), f"{len(summary['attempts'])} attempts of its roles"))
+    entries.append(
+        ("wall time", duration(summary["wall_seconds"]), f"{len(summary['attempts'])} attempts of its roles")
+    )
     return page.cards(entries)
 
 
@@ -179,6 +181,12 @@ def _gate(reader: Reader, summary: dict[str, Any]) -> Html:
             "its dataset pair alone.",
         )
     ]
+    rewards = gather.sampled_rewards(reader, rounds)
+    if rewards:
+        caption = (
+            "Rewards of the responses sampled in each round: of each prompt's best, of all, of each prompt's worst."
+        )
+        figures.append(page.figure(plots.rewards_by_round(rewards), caption))
     values = gather.gate_values(reader, rounds)
     note = ""
     if values["s"]:
@@ -191,7 +199,7 @@ def _gate(reader: Reader, summary: dict[str, Any]) -> Html:
     rows = gather.meta_rows(reader)
     if len(rows["gain"]):
         caption = (
-            "How much better the online pair scores than the dataset pair (ℓ_on − ℓ_off, minus the losses), by the gate's weight. "
+            "How much better the online pair scores than the dataset pair (ℓ is minus the loss), by the gate's weight. "
             "A useful meta-learner gives low weights where this is positive. Numbers are rows of meta batches."
         )
         figures.append(page.figure(plots.gain_by_weight(rows["w_gate"], rows["gain"]), caption))
@@ -342,7 +350,7 @@ def _data(run: Run) -> Html:
     rows += [[name, f"{counts[name]:,}"] for name in ("rows", "pairs", "heldout") if name in counts]
     rows += [[f"dropped: {reason}", f"{number:,}"] for reason, number in counts.get("dropped", {}).items()]
     rows += [[f"{name} digest", digest] for name, digest in run.pairs_manifest.attributes.get("digests", {}).items()]
-    return page.section("Data", page.table(["what", ""], rows, "words"))
+    return page.section("Data", page.table([], rows, "words"))
 
 
 def _attempts(summary: dict[str, Any]) -> Html:

@@ -86,7 +86,7 @@ class PairLoss:
             )
 
         offline = self.objective(half(0))
-        online = self.objective(half(2))
+        online = self.objective(half(2).masked(has_online))
         s, w = torch.zeros_like(offline), torch.ones_like(offline)
         if self.online:
             s = self._feature(half(0), gate_reference).to(device)

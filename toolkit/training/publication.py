@@ -126,8 +126,13 @@ def publish_policy(run: Run, engine: PolicyEngine, control: Control, version: in
 
 def _probes(run: Run, engine: PolicyEngine, control: Control) -> list[dict[str, Any]]:
     """A few responses of the data with their log-probs under the engine's weights: what a worker proves its load by."""
-    pairs = control.share_table(run.pairs(0, 0).slice(0, PROBES) if control.leads else None)
-    rows = list(zip(pairs["prompt_ids"].to_pylist(), pairs["chosen_ids"].to_pylist(), strict=True))
+
+    def shortest() -> list[list[list[int]]]:
+        pairs = run.pairs(0, 0)
+        rows = zip(pairs["prompt_ids"].to_pylist(), pairs["chosen_ids"].to_pylist(), strict=True)
+        return [list(row) for row in sorted(rows, key=lambda row: (len(row[0]) + len(row[1]), row))[:PROBES]]
+
+    rows = control.lead(shortest)
     scored = engine.score([np.asarray(p + r, np.int32) for p, r in rows], [len(p) for p, _ in rows])
     return [
         {"prompt_ids": prompt, "response_ids": response, "logprob": float(value)}

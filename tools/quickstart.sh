@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# A whole MetaAPO run on the toy world, on this machine: see usage below.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: bash tools/quickstart.sh [--seed N] [--run DIR]
+
+Checks this machine, installs into .venv, builds the toy world, and performs a MetaAPO run on it: a warm-start round and
+three gated rounds. Prints the table of rounds and where the report lies. What is there already is used again: a second
+call shows a finished run, and continues one that was stopped.
+
+  --seed N    seed of the toy world and of the run (default 0)
+  --run DIR   the run directory (default runs/quickstart; with another seed runs/quickstart-N)
+  --help      this text
+END
+}
+
+refuse() { # MESSAGE
+    echo "quickstart: $*" >&2
+    exit 2
+}
+
+seed=0
+run=
+while (($#)); do
+    case $1 in
+        --seed) [[ "${2:-}" =~ ^[0-9]{1,9}$ ]] || refuse "--seed expects a whole number from 0, got '${2:-}'"; seed=$((10#$2)); shift 2 ;;
+        --run) [[ -n "${2:-}" ]] || refuse "--run expects a directory"; run=$(realpath -m -- "$2"); shift 2 ;;
+        -h | --help) usage; exit ;;
+        *) usage >&2; refuse "unknown argument $1" ;;
+    esac
+done
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+suffix=$( ((seed == 0)) || echo "-$seed")
+world=toy-world$suffix
+run=${run:-$PWD/runs/quickstart$suffix}
+
+unset PYTHONPATH PYTHONHOME
+export OMP_NUM_THREADS=1 # for each role's process: more threads than cores would only wait for each other
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+step() { # TEXT
+    echo
+    echo "== $* (after $SECONDS s)"
+}
+
+step "1/3 this machine and its packages"
+bash tools/install.sh
+
+step "2/3 the toy world: a policy, a reward model, preference pairs, a gold reward"
+.venv/bin/python tools/toy_world.py --output "$world" --seed "$seed"
+
+outcome() { # how the run in $run ended: finished, cancelled or failed; open; or none
+    .venv/bin/metaapo status "$run" --refresh --json 2>/dev/null |
+        .venv/bin/python -c 'import json, sys; print(json.load(sys.stdin)["outcome"] or "open")' 2>/dev/null || echo none
+}
+launch=(launch experiment=quickstart cluster=local toy="$world" run="$run" seed="$seed")
+
+case $(outcome) in
+    finished)
+        step "3/3 the run: $run holds it already, finished. For another: --run DIR or --seed N"
+        .venv/bin/metaapo "${launch[@]}"
+        ;;
+    cancelled | failed)
+        step "3/3 the run: $run was stopped; it continues"
+        .venv/bin/metaapo resume "$run"
+        ;;
+    *)
+        step "3/3 the run: metaapo ${launch[*]}"
+        .venv/bin/metaapo "${launch[@]}"
+        ;;
+esac
+
+cat <<END
+
+Finished after $SECONDS s. What to try next:
+  .venv/bin/metaapo verify $run     proves from the records that every pair was trained exactly once
+  .venv/bin/metaapo report $run     shows the table and writes the report again
+  README.md, 'Your own data and model'
+END
