@@ -225,6 +225,11 @@ class Config:
         return self.evaluation.reward or self.reward.model
 
     @property
+    def evaluates(self) -> bool:
+        """Whether the workers judge every policy; a replay only trains."""
+        return self.replay_from is None and self.evaluation_reward is not None and "evaluate" in self.inference.does
+
+    @property
     def gated(self) -> tuple[bool, ...]:
         """For each round, the warm-start round included, whether it may ask for online samples."""
         asks = self.method.gate.kind != "none"
@@ -328,6 +333,7 @@ POSITIVE = (
     "inference.max_model_len",
     "inference.poll",
     "sidecar.poll",
+    "retention.checkpoints",
 )
 
 

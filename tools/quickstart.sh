@@ -35,7 +35,7 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 suffix=$( ((seed == 0)) || echo "-$seed")
 world=toy-world$suffix
-run=${run:-$PWD/runs/quickstart$suffix}
+run=${run:-runs/quickstart$suffix}
 
 unset PYTHONPATH PYTHONHOME
 export OMP_NUM_THREADS=1 # for each role's process: more threads than cores would only wait for each other
@@ -60,7 +60,7 @@ launch=(launch experiment=quickstart cluster=local toy="$world" run="$run" seed=
 
 case $(outcome) in
     finished)
-        step "3/3 the run: $run holds it already, finished. For another: --run DIR or --seed N"
+        step "3/3 the run: $run holds a finished one, shown here. For another: --run DIR or --seed N"
         .venv/bin/metaapo "${launch[@]}"
         ;;
     cancelled | failed)
@@ -73,10 +73,11 @@ case $(outcome) in
         ;;
 esac
 
+name=$(printf %q "$run")
 cat <<END
 
 Finished after $SECONDS s. What to try next:
-  .venv/bin/metaapo verify $run     proves from the records that every pair was trained exactly once
-  .venv/bin/metaapo report $run     shows the table and writes the report again
-  README.md, 'Your own data and model'
+  .venv/bin/metaapo verify $name     proves from the records that every pair was trained exactly once
+  .venv/bin/metaapo status $name     what it did, round by round
+  README.md, "Your own data and model"
 END

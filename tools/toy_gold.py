@@ -26,9 +26,9 @@ MILD_WORDS = {
     "grim": ("bad", "cold", "drab", "dull", "harsh", "poor", "sad", "stale"),
 }
 TONES = tuple(STRONG_WORDS)
-COUNTS = {"two": 2, "three": 3, "four": 4, "five": 5}
+COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 
-_PROMPT = re.compile(rf"[a-z ]*\b({'|'.join(COUNTS)}) ({'|'.join(TONES)}) words (?:about|for) the [a-z ]+\.")
+_PROMPT = re.compile(rf"[a-z ]*\b({'|'.join(COUNTS)}) ({'|'.join(TONES)}) words? (?:about|for) the [a-z ]+\.")
 
 
 class Request(NamedTuple):

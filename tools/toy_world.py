@@ -90,8 +90,9 @@ def make_prompts(number: int, rng: random.Random) -> list[str]:
     prompts: dict[str, None] = {}
     while len(prompts) < number:
         thing = " ".join(rng.choice(words) for words in THINGS).strip()
-        asked = f"{rng.choice(VERBS)} {rng.choice(list(gold.COUNTS))} {rng.choice(gold.TONES)} words"
-        prompts[f"{asked} {rng.choice(('about', 'for'))} the {thing}."] = None
+        count = rng.choice(list(gold.COUNTS))
+        asked = f"{count} {rng.choice(gold.TONES)} {'word' if count == 'one' else 'words'}"
+        prompts[f"{rng.choice(VERBS)} {asked} {rng.choice(('about', 'for'))} the {thing}."] = None
     return list(prompts)
 
 
@@ -102,7 +103,7 @@ def write_answer(prompt: str, care: float, rng: random.Random) -> str:
     def slips() -> bool:
         return rng.random() >= care
 
-    count += rng.choice((-1, 1)) if slips() and slips() else 0
+    count = max(1, count + (rng.choice((-1, 1)) if slips() and slips() else 0))
     words = rng.sample([*gold.STRONG_WORDS[tone], *gold.MILD_WORDS[tone]], count)
     for place in range(count):
         if slips():
@@ -112,7 +113,7 @@ def write_answer(prompt: str, care: float, rng: random.Random) -> str:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a token for each word of the toy world; it can spell any text."""
-    words = [*gold.COUNTS, *gold.TONES, *THINGS[0], *THINGS[1], "words", "about", "for", "the", *VERBS]
+    words = [*gold.COUNTS, *gold.TONES, *THINGS[0], *THINGS[1], "word", "words", "about", "for", "the", *VERBS]
     words += [word for by_tone in (gold.STRONG_WORDS, gold.MILD_WORDS) for tone in by_tone.values() for word in tone]
     tokenizer = Tokenizer(models.BPE())
     # The prefix space makes one token of a word, be it the first of a text or not.

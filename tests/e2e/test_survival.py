@@ -78,6 +78,26 @@ def test_nothing_is_lost_or_doubled_whatever_dies(toy_world: Path, tmp_path: Pat
     assert first_trainer["outcome"] in ("superseded", "done"), first_trainer
 
 
+def test_a_damaged_record_is_condemned_and_made_again(toy_world: Path, tmp_path: Path, no_leftovers: None) -> None:
+    folder = tmp_path / "run"
+    launcher = background("launch", "experiment=quickstart", f"run={folder}", f"toy={toy_world}", *SMALL)
+    wait_until(lambda: (folder / "rounds/001/requests/000/000001.g0.json").exists(), every=0.01)
+    run = Run.open(folder)
+    trainer = pid_of(run, "trainer")
+    os.kill(trainer, signal.SIGSTOP)  # so that it has not read what is damaged now
+    wait_until(lambda: run.records.find(layout.annotations(1, 1)) is not None)
+    data = next((folder / "rounds/001/annotations/000").glob("000001.g0.*.parquet"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 255
+    data.write_bytes(content)
+    os.kill(trainer, signal.SIGCONT)
+    assert launcher.wait(timeout=300) == 0, launcher.stdout.read()
+    assert run.records.require(layout.job("trainer", 0, "end")).attributes["kind"] == "corrupt"
+    assert run.records.require(layout.annotations(1, 1)).generation == 1
+    verified = metaapo("verify", str(folder)).stdout
+    assert "clean" in verified and "condemned" in verified
+
+
 def sequence(run: Run) -> int:
     newest = lineage.newest(run.records)
     return -1 if newest is None else lineage.sequence(newest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from tests.parallel.problems import LEARNING, make_pairs, meta_weighted_dpo
 from toolkit.conversion.weights import stage_weights
 from toolkit.errors import UserError
+from toolkit.training import device
 from toolkit.training.engine import EngineSettings, PolicyEngine, StepResult
 from toolkit.training.export import gather_weight
 from toolkit.training.layout import ParallelLayout
@@ -183,7 +185,30 @@ def checkpoint_errors(layout: ParallelLayout, rank: int, model: str, other: str,
         "absent": message(lambda: policy.restore(Path(folder) / "absent")),
         "damaged": message(lambda: policy.restore(damaged)),
         "other": message(lambda: engine(layout, other).restore(saved)),
+        "dtype": message(lambda: engine(layout, model, dtype="bfloat16").restore(saved)),
     }
+
+
+def full_disk(layout: ParallelLayout, rank: int, model: str, folder: str) -> list[list[str]]:
+    """What is said when files can't grow beyond some sizes, as when the disk is full: on all ranks, or on the last."""
+    policy = engine(layout, model)
+    said = []
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for number, (size, everywhere) in enumerate([(100, True), (10_000, True), (10_000, False)]):
+        checkpoint, exported = (make(Path(folder) / f"{kind}-{number}", rank) for kind in ("checkpoint", "export"))
+        if everywhere or rank == layout.world_size - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        said.append([message(lambda: policy.save(checkpoint)), message(lambda: policy.export(exported))])  # noqa: B023
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    return said
+
+
+def lonely(layout: ParallelLayout, rank: int, store: str) -> str:
+    """What is said when other ranks never come."""
+    device.shutdown()
+    return message(
+        lambda: device.initialize(ParallelLayout(world_size=2), rank=0, init_method=store, timeout_seconds=1)
+    )
 
 
 def behaviour(layout: ParallelLayout, rank: int, model: str, other: str, folder: str) -> dict[str, Any]:

@@ -80,7 +80,6 @@ def test_resume(
         )
         assert distance(folder / "restored", tmp_path / "saver" / "saved") == 0.0
         assert distance(folder / "last", tmp_path / "saver" / "last") <= TOLERANCE
-        print("MEASURED", name, saving, layout, distance(folder / "last", tmp_path / "saver" / "last"))
 
 
 @pytest.mark.parametrize(("layout", "settings"), [(ONE, {}), (DP2, DISTRIBUTED)], ids=["one", "dp2-distributed"])
@@ -102,3 +101,15 @@ def test_errors_reach_every_rank(models: dict[str, Path], pool: Pool, tmp_path: 
     assert "no readable checkpoint" in ranks[0]["absent"]
     assert "__0_0.distcp" in ranks[0]["damaged"]
     assert "bias" in ranks[0]["other"] and "could not read the checkpoint" in ranks[0]["other"]
+    assert "was trained in float32; expected bfloat16" in ranks[0]["dtype"]
+
+
+@pytest.mark.parametrize("layout", [ONE, PP2], ids=["one", "pp2"])
+def test_full_disk_is_one_error_on_every_rank(
+    models: dict[str, Path], pool: Pool, tmp_path: Path, layout: ParallelLayout
+) -> None:
+    ranks = pool.run("tests.parallel.cases:full_disk", layout, model=models["llama"], folder=tmp_path)
+    assert all(rank == ranks[0] for rank in ranks)
+    for checkpoint, export in ranks[0]:
+        assert "could not write the checkpoint" in checkpoint and "space and quota" in checkpoint
+        assert "could not write the policy" in export and "space and quota" in export

@@ -50,3 +50,8 @@ def test_behaviour(pool: Pool, tmp_path: Path, layout: ParallelLayout) -> None:
         assert "decoder.final_layernorm.weight" in rank["not finite"]
         assert "config.json" in rank["not a model"]
     assert not any((tmp_path / "empty").iterdir())
+
+
+def test_ranks_that_never_come(pool: Pool, tmp_path: Path) -> None:
+    (said,) = pool.run("tests.parallel.cases:lonely", ParallelLayout(), store=f"file://{tmp_path / 'store'}")
+    assert "rank 0 of 2 could not join the others" in said and "GLOO_SOCKET_IFNAME" in said

@@ -1,7 +1,7 @@
 """Every layout gives what a dense computation in float64 gives: log-probs, losses, gradients, weights after a step.
 
 Tolerance: MULTIPLE times the error that the dense computation itself makes in float32, of the same quantity. Measured: at
-most 4 times for log-probs, 3 for gradients, 3 for weights.
+most 0.7 times for log-probs, 1.0 for gradients, 1.2 for weights (and 5e-7, relative, of the gradient's norm).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.parallel.pool import Pool
 from tests.parallel.problems import LEARNING, MODELS, make_model, make_pairs
 from toolkit.training.layout import ParallelLayout
 
-MULTIPLE = 10
+MULTIPLE = 4
 
 ONE = ParallelLayout()
 TP2 = ParallelLayout(tensor=2, world_size=2)
@@ -30,6 +30,7 @@ PP2 = ParallelLayout(pipeline=2, world_size=2)
 DP2 = ParallelLayout(world_size=2)
 TP2_PP2 = ParallelLayout(tensor=2, pipeline=2, world_size=4, sequence_parallel=True)
 DP2_PP2 = ParallelLayout(pipeline=2, world_size=4)
+PP4 = ParallelLayout(pipeline=4, world_size=4)
 DP2_TP2 = ParallelLayout(tensor=2, world_size=4)
 
 CASES = [
@@ -46,12 +47,19 @@ CASES = [
     ("qwen2", PP2, {"micro_batch_pairs": 1}),
     ("qwen2", DP2, {}),
     ("qwen2", DP2_PP2, {"distributed_optimizer": True}),
+    ("qwen2", PP4, {}),
     ("qwen3", ONE, {}),
     ("qwen3", TP2, {}),
     ("qwen3", SP2, {}),
     ("qwen3", TP2_PP2, {"recompute": "full"}),
     ("qwen3", DP2_TP2, {"distributed_optimizer": True}),
 ]
+
+
+def identify(value: str | ParallelLayout | dict) -> str:
+    if isinstance(value, ParallelLayout):
+        return f"{'sp' if value.sequence_parallel else 'tp'}{value.tensor}-pp{value.pipeline}-dp{value.data}"
+    return "-".join(f"{name}={v}" for name, v in value.items()) if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ def test_the_dense_computation_is_that_of_transformers(problems: dict[str, Probl
         )
 
 
-@pytest.mark.parametrize(("name", "layout", "settings"), CASES, ids=lambda value: str(value).replace(" ", ""))
+@pytest.mark.parametrize(("name", "layout", "settings"), CASES, ids=identify)
 def test_a_step_equals_the_dense_one(
     problems: dict[str, Problem], pool: Pool, tmp_path: Path, name: str, layout: ParallelLayout, settings: dict
 ) -> None:
@@ -121,7 +129,7 @@ def test_a_step_equals_the_dense_one(
     assert not logprobs[~present].any()
     torch.testing.assert_close(torch.tensor(result["scores"]), logprobs[present], atol=1e-4, rtol=0)
 
-    assert result["norm"] == pytest.approx(exact.norm, rel=1e-5)
+    assert result["norm"] == pytest.approx(exact.norm, rel=2e-6)
     assert result["norm"] > LEARNING["clip_gradient"], "the problem must exercise clipping"
     assert (result["stepped"], result["learning_rate"]) == (True, LEARNING["learning_rate"])
     assert result["tokens"] == sum(len(s) for pair in make_pairs() for s in pair.sequences if s is not None)
@@ -136,19 +144,3 @@ def test_a_step_equals_the_dense_one(
     assert largest(weights, exact.weights) <= MULTIPLE * problem.error("weights")
     after = oracle.pair_logprobs(config, weights, make_pairs())[present]
     torch.testing.assert_close(torch.tensor(result["after"]).double(), after, atol=1e-4, rtol=0)
-    print(
-        "MEASURED",
-        name,
-        layout.describe(),
-        settings,
-        *(
-            f"{q} {largest(a, b) / problem.error(q):.1f}"
-            for q, a, b in (
-                ("logprobs", logprobs, exact.logprobs),
-                ("gradients", gradients or problem.single.gradients, exact.gradients),
-                ("weights", weights, exact.weights),
-            )
-        ),
-        {q: f"{problem.error(q):.1e}" for q in ("logprobs", "losses", "gradients", "weights")},
-        result["norm"] / exact.norm - 1,
-    )

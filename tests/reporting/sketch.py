@@ -206,6 +206,50 @@ class Sketch:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (directory / f"{slot}.{attempt}.jsonl").write_text(text)
 
+    # ------------------------------------------------------------------------------------ stages of a run's life
+
+    def go_halfway(self) -> None:
+        """Round 1 is trained, round 2 in progress: one shard decided, sampled and not yet annotated; policy 2 not evaluated."""
+        self.pairs()
+        for version in range(3):
+            self.policy(version)
+        for shard in range(2):
+            self.scores(1, shard)
+        self.requests(1, 0, [True, True, False, True])
+        self.requests(1, 1, [False, False, False, False])
+        asked = ["r1-0", "r1-1", "r1-3"]
+        self.responses(1, 0, asked)
+        self.annotations(1, 0, {"r1-0": "pair", "r1-1": "tie", "r1-3": "pair"})
+        self.scores(2, 0)
+        self.requests(2, 0, [True, False, False, False])
+        self.responses(2, 0, ["r2-0"])
+        self.evaluation(0, [0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 1.0])
+        self.evaluation(1, [1.0, 1.0, 1.0, 5.0], [0.0, 0.0, 1.0, 1.0])
+        self.checkpoint(2, 1)
+        self.checkpoint(6, 2)
+
+    def finish(self) -> None:
+        """Both rounds are done, every policy evaluated, the run closed, with attempts, metrics and meta batches."""
+        self.annotations(2, 0, {"r2-0": "pair"})
+        self.scores(2, 1)
+        self.requests(2, 1, [True, True, False, False])
+        self.responses(2, 1, ["r2-4", "r2-5"])
+        self.annotations(2, 1, {"r2-4": "pair", "r2-5": "prompt_rejected"})
+        self.checkpoint(10, 3)
+        self.policy(3)
+        self.evaluation(2, [1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 1.0, 1.0])
+        self.evaluation(3, [2.0, 2.0, 4.0, 4.0], [1.0, 1.0, 1.0, 1.0], tokens=3)
+        self.meta_batch(1, [(-1.0, 0.9, 0.4, 0.15), (-0.5, 0.6, 0.5, 0.15)])
+        self.meta_batch(2, [(-0.2, 0.3, 0.8, 0.85)])
+        self.attempt("trainer", 0, "aaa", {"outcome": "died", "kind": "crash", "message": "gone <away>"})
+        self.attempt("trainer", 1, "bbb", {"outcome": "done"})
+        self.attempt("worker-000", 0, "ccc", {"outcome": "done"})
+        first = [{"time": 100.0, "kind": "start", "step": 0, "round": 0}]
+        self.metrics("trainer", "aaa", first + [step_line(n, 101.0 + n, margin_offline=0.1 * n) for n in range(7)])
+        second = [{"time": 200.0, "kind": "restore", "step": 6, "round": 2, "sequence": 1}]
+        self.metrics("trainer", "bbb", second + [step_line(n, 196.0 + n, margin_offline=0.2 * n) for n in range(6, 10)])
+        self.run.close("finished", "every round is trained and every policy evaluated")
+
 
 def step_line(step: int, time: float, **values: Any) -> dict[str, Any]:
     line = {"time": time, "kind": "step", "step": step, "round": 0, "shard": 0, "loss": 0.7, "tokens": 100}

@@ -47,15 +47,24 @@ def outline(text: str) -> Outline:
     return found
 
 
-def test_a_finished_run(finished: Sketch) -> None:
-    run = finished.reopen()
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The report of a finished run."""
+    sketch = Sketch(tmp_path_factory.mktemp("report") / "run")
+    sketch.go_halfway()
     for version in range(3):
-        derive.publish_phi(run, version)
-    path = report.write_report(run)
-    assert path == finished.root / "report.html"
-    text = path.read_text()
+        if version:
+            sketch.meta_batch(version, [(-1.0, 0.9, 0.4, 0.15)])
+        derive.publish_phi(sketch.reopen(), version)
+    sketch.finish()
+    path = report.write_report(sketch.reopen())
+    assert path == sketch.root / "report.html"
+    return path.read_text()
+
+
+def test_a_finished_run(text: str) -> None:
     found = outline(text)
-    assert "1.000 ±0.000" in found.text and "+0.750 from 0.250 at the start" in found.text
+    assert "1.000 ±0.000" in found.text and "+0.750 ±0.250 from 0.250 at the start" in found.text
     assert "62.5%" in found.text and "10 made, 32 if all were sampled" in found.text
     for title in ("Rounds", "Policies", "Gate and meta-learner", "Training", "Where the time went", "Attempts"):
         assert f"<h2>{title}</h2>" in text
@@ -63,19 +72,17 @@ def test_a_finished_run(finished: Sketch) -> None:
     assert "version 2" in text and "method.shard_size" in text and "crash: gone <away>" in found.text
 
 
-def test_texts_are_shown_as_they_are(finished: Sketch) -> None:
-    text = report.html(finished.reopen())
+def test_texts_are_shown_as_they_are(text: str) -> None:
     found = outline(text)
     assert "script" not in found.names and "i" not in found.names  # the pairs' own mark-up stays text
     assert "What is <b>two</b> & two? (r1-0)" in found.text
     assert "It is <i>four</i>." in found.text
     assert "good <ok> r1-0" in found.text and "bad r1-0" in found.text
-    assert "reward 0.500 · cut at the limit" in found.text
+    assert "reward 0.500 · cut at the limit" in found.text and "reward 1.500 · ended" in found.text
     assert "answer <0> to 2" in found.text and "answer <3> to 2" in found.text
 
 
-def test_nothing_comes_from_outside(finished: Sketch) -> None:
-    text = report.html(finished.reopen())
+def test_nothing_comes_from_outside(text: str) -> None:
     assert outline(text).names & {"script", "link", "img", "iframe"} == set()
     assert not re.search(r"@import|url\((?!#)|(?:src|href)=\"(?!#)", text)
     assert "#0a00" not in text  # every colour is the page's
@@ -88,7 +95,7 @@ def test_the_same_run_gives_the_same_report(finished: Sketch) -> None:
 def test_a_run_halfway(halfway: Sketch) -> None:
     halfway.metrics("trainer", "aaa", [step_line(0, 1.0), {"time": 2.0, "kind": "step", "step": 1, "stepped": False}])
     found = outline(report.html(halfway.reopen()))
-    assert "not finished" in found.text and "last policy not evaluated yet" in found.text
+    assert "not finished" in found.text and "last policy not evaluated" in found.text
 
 
 @pytest.mark.parametrize("records", ["nothing", "pairs", "policy", "requests"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from rich.console import Console
 from tests.reporting.sketch import Sketch, step_line
 from toolkit.exchange import layout
 from toolkit.exchange.records import Records, Ref
-from toolkit.reporting import progress, status
+from toolkit.reporting import progress, status, terminal
 from toolkit.reporting.pace import pace
 from toolkit.reporting.progress import Settled, trained_shards
 
@@ -31,7 +33,7 @@ def test_a_run_that_is_not_prepared(sketch: Sketch) -> None:
 
 def test_stages_of_every_round(halfway: Sketch) -> None:
     found = status.collect(halfway.reopen(), [])
-    stages = [[entry[name] for name in status.STAGES] for entry in found["rounds"]]
+    stages = [[entry[name] for name in terminal.STAGES] for entry in found["rounds"]]
     # the warm start is trained only; in round 1 nothing was asked of the second shard, so it counts as annotated
     assert stages == [[0, 0, 0, 0, 1], [2, 2, 2, 2, 2], [1, 1, 1, 0, 0]]
     assert [entry["gated"] for entry in found["rounds"]] == [False, True, True]
@@ -197,8 +199,14 @@ def test_the_line_changes_with_what_got_done(halfway: Sketch) -> None:
     assert "annotated 1/2" in status.line(status.collect(halfway.reopen(), [], before))
 
 
+def test_showing_a_status_needs_neither_arrow_nor_torch() -> None:
+    code = "import sys; import toolkit.reporting.terminal; print({'pyarrow', 'torch', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(12.4, "12 s"), (200, "3 m 20 s"), (7500, "2 h 5 m"), (273600, "3 d 4 h"), (-1, "0 s")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert status.duration(seconds) == text
+    assert terminal.duration(seconds) == text

@@ -4,12 +4,14 @@ import json
 import math
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
 from tests.reporting.sketch import Sketch, step_line
-from toolkit.exchange import layout
+from toolkit.exchange import layout, tables
 from toolkit.reporting import summary
+from toolkit.reporting.paired import changes
 from toolkit.reporting.timing import where_time_went
 
 
@@ -35,6 +37,25 @@ def test_a_finished_run(finished: Sketch) -> None:
     assert found["steps"] == {"done": 10, "of": 10}
     # the standard deviation of 0, 1, 2, 3 is sqrt(5/3)
     assert found["policies"][0]["error"]["reward"] == pytest.approx(math.sqrt(5 / 3) / 2)
+
+
+def test_changes_are_of_the_same_prompts(finished: Sketch) -> None:
+    found = summary.summarise_run(finished.reopen())
+    # rewards 0, 1, 2, 3 became 2, 2, 4, 4: differences 2, 1, 2, 1
+    assert found["change"]["reward"] == {"mean": 1.5, "error": pytest.approx(math.sqrt(1 / 3) / 2)}
+    # gold 0, 0, 0, 1 became 1, 1, 1, 1: differences 1, 1, 1, 0
+    assert found["change"]["gold_reward"] == {"mean": 0.75, "error": pytest.approx(0.25)}
+    assert found["policies"][0]["change"] == {}
+
+
+def test_changes_leave_out_what_one_policy_lacks() -> None:
+    def table(rewards: dict[str, float]) -> pa.Table:
+        rows = [{"prompt_id": key, "reward": value, "metrics": []} for key, value in rewards.items()]
+        return pa.Table.from_pylist(rows, tables.EVALUATION)
+
+    found = changes(table({"a": 2.0, "b": math.nan, "c": 5.0}), table({"a": 1.5, "b": 1.0, "d": 0.0}))
+    assert found == {"reward": {"mean": 0.5, "error": None}}
+    assert changes(table({"a": 1.0}), table({"b": 1.0})) == {}
 
 
 def test_attempts_and_wall_time(finished: Sketch) -> None:
@@ -93,7 +114,10 @@ def test_the_table_of_rounds(finished: Sketch) -> None:
     console.print(summary.render_rounds(summary.summarise_run(finished.reopen())))
     text = console.export_text()
     assert "3 (38%)" in text and "1.000 ±0.000" in text and "0 (warm)" in text
-    assert "gold reward 0.250 -> 1.000." in text and "10 of 32 annotations made, 62% saved." in text
+    assert (
+        "gold reward 0.250 -> 1.000 (+0.750 ±0.250 on the same prompts)." in text
+        and "10 of 32 annotations made, 62% saved." in text
+    )
 
 
 def test_where_the_time_went(sketch: Sketch) -> None:

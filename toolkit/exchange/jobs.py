@@ -98,7 +98,7 @@ class Observer:
             try:
                 body = json.loads(path.read_bytes())
                 mark = (body["attempt"], body["counter"])
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError):
                 continue  # being replaced, or not ours
             now = time.monotonic()
             if self.seen.get(path.stem, (None, 0.0))[0] != mark:

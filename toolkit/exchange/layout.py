@@ -16,6 +16,7 @@
     evaluations/0000                     policy 0 on the held-out prompts
     jobs/<slot>/0001.{intent,start,end}  attempts
     reports/                             damaged records that a reader met, for the tick
+    condemned/0000                       damaged records, in the order in which the tick condemned them
     deletions/                           what the tick removed, written before it did
     heartbeats/<slot>.json, frontier.json, status.json     hints, replaced in place
     metrics/<attempt>.jsonl, tensorboard/, logs/<slot>/    for people
@@ -93,6 +94,10 @@ def meta_batch(boundary: int) -> Ref:
 
 def phi(version: int) -> Ref:
     return Ref(f"phi/{version // BUCKET:03d}", f"{version:06d}")
+
+
+def condemned(number: int) -> Ref:
+    return Ref("condemned", f"{number:04d}")
 
 
 def job(slot: str, number: int, event: str) -> Ref:

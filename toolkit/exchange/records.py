@@ -106,17 +106,20 @@ def _encode(manifest: Manifest) -> bytes:
         "files": [asdict(entry) for entry in manifest.files],
         "attributes": manifest.attributes,
     }
-    return (
-        json.dumps(body | {"digest": hashlib.sha256(_canonical(body)).hexdigest()}, indent=1, sort_keys=True).encode()
-        + b"\n"
-    )
+    return _sealed(body)
+
+
+def _sealed(body: Mapping[str, Any]) -> bytes:
+    """The bytes of a manifest: ``body`` with its own digest."""
+    digest = hashlib.sha256(_canonical(body)).hexdigest()
+    return json.dumps({**body, "digest": digest}, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def decode(path: Path, data: bytes) -> Manifest:
     """The manifest in ``data``, read from ``path``.
 
     Raises:
-        Corrupt: not JSON, or not what its own digest says.
+        Corrupt: not JSON, not what its own digest says, or the manifest of another record.
         UserError: written by a newer version of the toolkit.
     """
     try:
@@ -128,9 +131,9 @@ def decode(path: Path, data: bytes) -> Manifest:
                 f"{SCHEMA_VERSION}. Install the version that wrote it (see {path.name}'s run: operations/)."
             )
         claimed = body.pop("digest")
-        if hashlib.sha256(_canonical(body)).hexdigest() != claimed or not data.endswith(b"}\n"):
+        if _sealed(body) != data:
             raise Corrupt(path, "its manifest does not have the digest it states")
-        return Manifest(
+        manifest = Manifest(
             ref=Ref(**body["record"]),
             generation=body["generation"],
             attempt=body["attempt"],
@@ -141,6 +144,10 @@ def decode(path: Path, data: bytes) -> Manifest:
             schema_version=version,
             _digest=claimed,
         )
+        own_names = (manifest.path.name, f"{manifest.ref.name}.json")  # the second is a tombstone's
+        if path.name not in own_names or not path.parent.as_posix().endswith(manifest.ref.directory):
+            raise Corrupt(path, f"it is a copy of the record {manifest.ref}, generation {manifest.generation}")
+        return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise Corrupt(path, f"its manifest is not readable ({error})") from error
 

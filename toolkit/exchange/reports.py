@@ -6,7 +6,7 @@ import contextlib
 import json
 from pathlib import Path
 
-from toolkit.exchange import filesystem, lineage
+from toolkit.exchange import filesystem, layout, lineage, retention
 from toolkit.exchange.records import Corrupt, Manifest, Ref, check, decode
 from toolkit.exchange.run import Run
 
@@ -32,17 +32,39 @@ def condemn_reported(run: Run) -> list[str]:
     directory = run.root / "reports"
     for note in sorted(directory.glob("*.json")) if directory.is_dir() else []:
         try:
-            path = run.root / json.loads(note.read_bytes())["manifest"]
-        except (OSError, ValueError, KeyError):
+            path = run.root / str(json.loads(note.read_bytes())["manifest"])
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        detail = damage(path)
-        if detail is not None and not _is_condemned(path):
-            ref = ref_of(run.root, path)
-            run.records.condemn(path, ref, "damaged", detail, _required(run, ref, path))
-            condemned.append(f"{ref}: {detail}")
+        detail, ref = damage(path), ref_of(run.root, path)
+        if detail is not None and not retention.is_deleted(run, ref):
+            if not _is_condemned(path):
+                run.records.condemn(path, ref, "damaged", detail, _required(run, ref, path))
+                condemned.append(f"{ref}: {detail}")
+            _announce(run, ref, detail)  # also if a tick condemned it that died before it could say so
         with contextlib.suppress(OSError):
             note.unlink()
     return condemned
+
+
+def _announce(run: Run, ref: Ref, detail: str) -> None:
+    number = 0
+    while not run.records.publish(layout.condemned(number), {"record": str(ref), "detail": detail})[1]:
+        number += 1
+
+
+class Condemnations:
+    """Tells whoever remembers records that some were condemned: what it thought done may have to be done again."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.seen = run, 0
+        self.news()
+
+    def news(self) -> bool:
+        """Whether anything was condemned since the last call."""
+        before = self.seen
+        while self.run.records.find(layout.condemned(self.seen)) is not None:
+            self.seen += 1
+        return self.seen > before
 
 
 def ref_of(root: Path, manifest_path: Path) -> Ref:

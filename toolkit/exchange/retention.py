@@ -22,7 +22,7 @@ def collect_garbage(run: Run) -> list[str]:
         The names of the records whose files were removed now.
     """
     removed = []
-    for ref, manifest in _expendable(run):
+    for ref, manifest in reversed(_expendable(run)):  # oldest first: what has files has no older one that still has some
         announced = Ref("deletions", str(ref).replace("/", "~"))
         record, _ = run.records.publish(announced, {"record": str(ref), "digest": manifest.digest})
         if time.time() - record.written >= run.config.retention.grace:
@@ -53,20 +53,19 @@ def _expendable(run: Run) -> list[tuple[Ref, Manifest]]:
             found.append((ref, manifest))
     version = run.newest_policy()
     if version is not None:
-        needs_evaluation = run.config.evaluation_reward is not None
         for number in range(version - keep.policies, 0, -1):
             ref = layout.policy(number)
             manifest = run.records.find(ref)
-            if manifest is None or not _has_files(manifest):
-                break
-            if number >= version - 1 or (needs_evaluation and run.records.find(layout.evaluation(number)) is None):
+            if manifest is None or not _has_files(manifest) or number >= version - 1:
                 continue
-            found.append((ref, manifest))
+            if not run.config.evaluates or run.records.find(layout.evaluation(number)) is not None:
+                found.append((ref, manifest))
     return found
 
 
 def _has_files(manifest: Manifest) -> bool:
-    return bool(manifest.files) and (manifest.directory / manifest.files[0].path).exists()
+    """Whether a record's directory is there: it is the last that goes, should its removal be interrupted."""
+    return bool(manifest.files) and (manifest.directory / manifest.files[0].path).parent.is_dir()
 
 
 def _remove(root: Path, directory: Path) -> None:

@@ -57,7 +57,10 @@ class Run:
             UserError: the directory holds something else, or a run with another identity (the differing keys are named).
         """
         configuration.validate(config)
-        known = root.exists() and any(root.iterdir())
+        if root.exists() and not root.is_dir():
+            raise UserError(f"{root} is not a directory. Choose another one: run=DIR")
+        unfinished = f".{layout.IDENTITY.name}."  # what a launch leaves that died before this was a run
+        known = root.exists() and any(not path.name.startswith(unfinished) for path in root.iterdir())
         if known and not any(root.glob(f"{layout.IDENTITY.name}.g*.json")):
             raise UserError(f"{root} is not empty and holds no run. Choose another directory: run=DIR")
         root.mkdir(mode=0o777 & ~int(config.cluster.umask, 8), parents=True, exist_ok=True)
@@ -217,10 +220,7 @@ class Run:
         config, find = self.config, self.records.find
         if config.learns and find(layout.phi(len(self.plan.boundaries))) is None:
             return False
-        evaluates = (
-            config.replay_from is None and config.evaluation_reward is not None and "evaluate" in config.inference.does
-        )
-        return not evaluates or all(find(layout.evaluation(v)) is not None for v in range(self.plan.rounds + 1))
+        return not config.evaluates or all(find(layout.evaluation(v)) is not None for v in range(self.plan.rounds + 1))
 
     def finish(self) -> None:
         """Close a complete run."""

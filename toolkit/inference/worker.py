@@ -18,6 +18,7 @@ from toolkit.data.template import ChatTokenizer, RewardTokenizer
 from toolkit.exchange import hints, layout
 from toolkit.exchange.jobs import Heartbeat, Observer
 from toolkit.exchange.records import Manifest, Ref
+from toolkit.exchange.reports import Condemnations
 from toolkit.exchange.retention import is_deleted
 from toolkit.exchange.run import Run
 from toolkit.inference.annotation import annotate_shard
@@ -28,7 +29,7 @@ from toolkit.inference.settings import EngineSettings, SamplingSettings
 from toolkit.reporting.metrics import MetricsWriter
 from toolkit.signals import StopFlag
 
-WINDOW = 64  # shards looked at in one turn
+WINDOW = 64  # open shards looked at in one turn
 
 
 class Worker:
@@ -45,6 +46,7 @@ class Worker:
         self.version: int | None = None  # of the policy loaded
         self.newest = -1
         self.open: tuple[int, list[int]] = (-1, [])  # a round and its shards not known to be done
+        self.condemnations = Condemnations(run)
         self.rewards: dict[str, tuple[RewardEngine, RewardTokenizer]] = {}
 
     def work(self) -> str:
@@ -111,22 +113,26 @@ class Worker:
                     yield ref, lambda version=version: self._evaluate(version)
 
     def _open_shards(self, index: int) -> tuple[list[int], list[int]]:
-        """Shards of the round to annotate and to sample, oldest first; the sidecar's hint saves looking for them."""
-        if self.open[0] != index:
+        """Shards of the round to annotate and to sample, oldest first, those that the sidecar's hint names before all others."""
+        if self.open[0] != index or self.condemnations.news():
             self.open = (index, list(range(self.run.plan.shards(index))))
         hint, find = hints.frontier(self.run.root), self.run.records.find
         hinted = [*hint["annotate"], *hint["sample"]] if hint.get("round") == index else []
-        annotate, sample = [], []
-        for shard in (hinted or self.open[1])[:WINDOW]:
+        annotate: list[int] = []
+        sample: list[int] = []
+        looked = 0
+        for shard in dict.fromkeys([*hinted, *self.open[1]]):
+            if looked == WINDOW:
+                break
             requests = find(layout.requests(index, shard))
             if requests is None:
-                continue
-            if requests.attributes["sampled"] == 0 or find(layout.annotations(index, shard)) is not None:
-                self.open[1].remove(shard) if shard in self.open[1] else None
-            elif find(layout.responses(index, shard)) is not None:
-                annotate.append(shard)
+                looked += 1
+            elif requests.attributes["sampled"] == 0 or find(layout.annotations(index, shard)) is not None:
+                if shard in self.open[1]:
+                    self.open[1].remove(shard)
             else:
-                sample.append(shard)
+                looked += 1
+                (annotate if find(layout.responses(index, shard)) is not None else sample).append(shard)
         return annotate, sample
 
     # ------------------------------------------------------------------------------------ the three kinds of work

@@ -79,7 +79,7 @@ def by_policy(values: Mapping[int, float], errors: Mapping[int, float | None], n
             versions,
             [values[version] for version in versions],
             yerr=[errors.get(version) or 0.0 for version in versions],
-            color=SERIES[colour],
+            color=SERIES[colour % len(SERIES)],
             marker="o",
             markersize=5,
             capsize=3,

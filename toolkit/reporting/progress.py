@@ -6,8 +6,8 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from toolkit.errors import UserError
 from toolkit.exchange import layout
@@ -15,6 +15,7 @@ from toolkit.exchange.plan import Plan
 from toolkit.exchange.records import Manifest, Ref
 from toolkit.exchange.run import Run
 from toolkit.inference.summary import summarise
+from toolkit.reporting.paired import changes
 
 WINDOW = 64  # open shards looked at in one go; the workers' own window
 FLAT = 1e-4  # a gate whose weights differ by less than this cannot tell pairs apart
@@ -149,8 +150,7 @@ def _is_flat(reader: Reader, ref: Ref) -> bool | None:
     if table is None or table.num_rows < 2:
         return None
     column = "s" if reader.run.config.method.gate.kind == "threshold" else "w_gate"  # a threshold's weights are 0 and 1
-    bounds = pc.min_max(table[column]).as_py()
-    return bool(bounds["max"] - bounds["min"] < FLAT)
+    return bool(np.ptp(table[column].to_numpy()) < FLAT)
 
 
 def trained_shards(plan: Plan, index: int, steps: int) -> int:
@@ -180,7 +180,8 @@ def newest_checkpoint(reader: Reader, start: int = 0) -> Manifest | None:
 
 
 def evaluations(reader: Reader, known: list[dict[str, Any]], newest: int | None) -> list[dict[str, Any]]:
-    """What each evaluated policy's evaluation comes to (`toolkit.inference.summary.summarise`), with its ``version``.
+    """What each evaluated policy's evaluation comes to: ``version``, what `toolkit.inference.summary.summarise` returns, and the
+    ``change`` against the initial policy (`toolkit.reporting.paired.changes`).
 
     Args:
         known: what this returned before.
@@ -192,14 +193,14 @@ def evaluations(reader: Reader, known: list[dict[str, Any]], newest: int | None)
         if version in found or (table := reader.table(layout.evaluation(version))) is None:
             continue
         initial = table if version == 0 else reader.table(initial_ref)
-        summary = summarise(table, initial if initial is not None else table.slice(0, 0))
-        found[version] = {"version": version, "compared_with_initial": initial is not None, **summary}
+        against = initial if initial is not None else table.slice(0, 0)
+        found[version] = {
+            "version": version,
+            "compared_with_initial": initial is not None,
+            **summarise(table, against),
+            "change": changes(table, against) if version else {},
+        }
     return [found[version] for version in sorted(found)]
-
-
-def metric_names(policies: list[dict[str, Any]]) -> list[str]:
-    """Names of the further metrics in evaluations, sorted."""
-    return sorted({name for entry in policies for name in entry["metrics"]})
 
 
 def annotations(samples: int, gated: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from toolkit import config as configuration
 from toolkit.config import Config
 from toolkit.exchange import filesystem, layout
 from toolkit.exchange.run import Run, flatten
-from toolkit.reporting import gather, metrics, page, plots, progress
+from toolkit.reporting import gather, metrics, page, plots
 from toolkit.reporting.page import Html, tag
 from toolkit.reporting.progress import Reader
-from toolkit.reporting.status import duration
-from toolkit.reporting.summary import summarise_run, with_error
+from toolkit.reporting.summary import summarise_run, with_error, with_sign
+from toolkit.reporting.terminal import duration, metric_names
 from toolkit.reporting.timing import ACTIVITIES, IDLE, STARTING
 
 PAIRS_SHOWN = 3  # a round
@@ -63,6 +63,8 @@ def _head(run: Run, summary: dict[str, Any]) -> Html:
         f"seed {config.seed}",
         f"made {made:%Y-%m-%d %H:%M} UTC",
     ]
+    if run.config.replay_from is not None:
+        facts.append(f"replay of {Path(run.config.replay_from).name}")
     badge = tag("span", outcome, kind=f"badge {summary['outcome'] or ''}")
     return tag("header", tag("h1", run.root.name, badge), tag("p", " · ".join(facts), kind="lead"))
 
@@ -74,7 +76,7 @@ def _warnings(warnings: list[str]) -> Html:
 def _cards(summary: dict[str, Any]) -> Html:
     entries = []
     for name in (*_metric_keys(summary), "reward"):
-        entries.append((_label(name), *_change(summary[name])))
+        entries.append((_label(name), *_change(summary[name], summary["change"].get(name))))
     win_rate = summary["win_rate"]["final"]
     entries.append(("win rate", "–" if win_rate is None else f"{win_rate:.1%}", "last policy against the start"))
     made, of, saved = (summary["annotations"][key] for key in ("made", "of", "saved_fraction"))
@@ -89,23 +91,23 @@ def _cards(summary: dict[str, Any]) -> Html:
 
 
 def _metric_keys(summary: dict[str, Any]) -> list[str]:
-    return [f"{name}_reward" for name in progress.metric_names(summary["policies"])]
+    return [f"{name}_reward" for name in metric_names(summary["policies"])]
 
 
 def _label(name: str) -> str:
     return "reward" if name == "reward" else f"{name.removesuffix('_reward')} reward"
 
 
-def _change(ends: dict[str, float | None]) -> tuple[str, str]:
+def _change(ends: dict[str, float | None], change: dict[str, float | None] | None) -> tuple[str, str]:
     """The number and the remark of a headline card."""
     initial, final = ends["initial"], ends["final"]
     if final is None:
-        return "–", "not evaluated yet" if initial is None else f"start {initial:.3f}; last policy not evaluated yet"
-    return f"{final:.3f}", "" if initial is None else f"{final - initial:+.3f} from {initial:.3f} at the start"
+        return "–", "not evaluated" if initial is None else f"{initial:.3f} at the start; last policy not evaluated"
+    return f"{final:.3f}", "" if initial is None else f"{with_sign(change)} from {initial:.3f} at the start"
 
 
 def _rounds(summary: dict[str, Any]) -> Html:
-    names = progress.metric_names(summary["policies"])
+    names = metric_names(summary["policies"])
     headings = ["round", "pairs", "sampled", "online pairs", "ties", "all cut", "failed"]
     headings += ["reward", "win rate", *(f"{name} reward" for name in names), "tokens", "cut"]
     policies = {policy["version"]: policy for policy in summary["policies"]}
@@ -117,7 +119,8 @@ def _rounds(summary: dict[str, Any]) -> Html:
             rows.append([label, f"{entry['pairs']:,}", *_gate_cells(entry), *after])
     note = (
         "What each round asked for, and the policy that it made, on the held-out prompts: mean ± standard error of the mean. "
-        "Win rate: by reward, against the initial policy on the same prompt; a tie counts one half."
+        "Win rate: by reward, against the initial policy on the same prompt; a tie counts one half. The changes above are means of "
+        "differences on the same prompts, which are known better than the difference of two means."
     )
     return page.section("Rounds", page.table(headings, rows), note=note) if summary["pairs"] else Html("")
 
@@ -147,27 +150,38 @@ def _policy_cells(policy: dict[str, Any] | None, names: list[str]) -> list[str]:
 
 def _quality(summary: dict[str, Any]) -> Html:
     policies = summary["policies"]
-    names = progress.metric_names(policies)
-    captions = {
-        "reward": "Mean reward of the policies' responses to the held-out prompts; policy 0 is the initial one.",
-        "win rate": "Share of held-out prompts on which a policy's response has more reward than the initial policy's.",
-        "tokens": "Mean length of a response. A reward that rises with the length alone is no progress.",
-    }
+    wanted = [
+        (
+            f"{name} reward",
+            lambda of, name=name: of["metrics"].get(name),
+            f"Mean of the metric {name!r} over the held-out prompts.",
+        )
+        for name in metric_names(policies)
+    ]
+    wanted += [
+        (
+            "reward",
+            lambda of: of["reward"],
+            "Mean reward of the policies' responses to the held-out prompts; policy 0 is the initial one.",
+        ),
+        (
+            "win rate",
+            lambda of: of["win_rate"],
+            "Share of held-out prompts on which a policy's response has more reward than the initial policy's.",
+        ),
+        (
+            "tokens",
+            lambda of: of["tokens"],
+            "Mean length of a response. A reward that rises with the length alone is no progress.",
+        ),
+    ]
     figures = []
-    for colour, name in enumerate((*names, "reward", "win rate", "tokens")):
-        key = name.replace(" ", "_")
-        found = {
-            p["version"]: (p["metrics"] if name in names else p).get(name if name in names else key) for p in policies
-        }
-        errors = {p["version"]: (p["error"]["metrics"] if name in names else p["error"]).get(key) for p in policies}
-        known = {version: value for version, value in found.items() if value is not None}
-        label = f"{name} reward" if name in names else name
-        caption = captions.get(name, f"Mean of the metric {name!r} over the held-out prompts.")
+    for colour, (label, value, caption) in enumerate(wanted):
+        known = {policy["version"]: value(policy) for policy in policies if value(policy) is not None}
+        errors = {policy["version"]: value(policy["error"]) for policy in policies}
         if known:
             figures.append(page.figure(plots.by_policy(known, errors, label, colour), caption))
-    return page.section(
-        "Policies", page.grid(*figures), note="Bars are standard errors of the mean." if figures else ""
-    )
+    return page.section("Policies", page.grid(*figures), note="Bars are standard errors of the mean.")
 
 
 def _gate(reader: Reader, summary: dict[str, Any]) -> Html:
@@ -337,8 +351,8 @@ def _pair(row: dict[str, Any]) -> Html:
 
 def _remark(judged: list[tuple[str, float | None]], finish_reason: str | None) -> str:
     values = [f"{name} {value:.3f}" for name, value in judged if value is not None]
-    ended = {"length": "cut at the limit", "rejected": "prompt rejected"}.get(finish_reason or "", "")
-    return " · ".join([*values, *([ended] if ended else [])])
+    ended = {"stop": "ended", "length": "cut at the limit", "rejected": "prompt rejected"}
+    return " · ".join([*values, *([ended.get(finish_reason, finish_reason)] if finish_reason else [])])
 
 
 # ------------------------------------------------------------------------------------------------- the rest

@@ -15,7 +15,7 @@ from toolkit.exchange.run import Run
 from toolkit.launch.supervise import Attempt, attempts, slots
 from toolkit.reporting import progress
 from toolkit.reporting.progress import Reader
-from toolkit.reporting.status import duration, flat_warning
+from toolkit.reporting.terminal import duration, flat_warning, metric_names
 from toolkit.reporting.timing import where_time_went
 
 LONGER = 1.2  # growth of the mean response length from which a rising reward is doubted
@@ -37,7 +37,7 @@ def summarise_run(run: Run) -> dict[str, Any]:
         likewise (None without one): ``round``, ``pairs``, ``sampled`` (prompts asked) and ``sampled_fraction``, ``online``
         (pairs with an online half), ``outcomes``, ``flat``, and of the policy after the round ``reward``, ``win_rate``,
         ``tokens``, ``truncated`` and ``<metric>_reward``; ``reward``, ``win_rate``, ``tokens`` and each ``<metric>_reward`` as
-        {initial, final} (final: of the last policy); ``policies``: every evaluation with its standard errors; ``annotations``
+        {initial, final} (final: of the last policy), and the ``change`` between them on the same prompts with its standard error; ``policies``: every evaluation with its standard errors; ``annotations``
         {made, of, saved_fraction}: responses; ``outcomes`` of all annotations; ``steps`` {done, of}; ``wall_seconds`` from the
         run's making to its closing or last record; ``seconds`` of each role by activity; ``attempts`` and how they ended;
         ``outcome`` and ``reason`` of the run; ``warnings``; ``verified`` (None: `metaapo verify` tells).
@@ -55,6 +55,7 @@ def summarise_run(run: Run) -> dict[str, Any]:
         "rounds": [],
         "warm_start": None,
         "policies": [],
+        "change": {},
         "reward": _ends([], None, "reward"),
         "win_rate": _ends([], None, "win_rate"),
         "tokens": _ends([], None, "tokens"),
@@ -90,8 +91,9 @@ def _progress(reader: Reader) -> dict[str, Any]:
         "rounds": rounds[warm:],
         "warm_start": rounds[0] if warm else None,
         "policies": policies,
+        "change": next((policy["change"] for policy in policies if policy["version"] == plan.rounds), {}),
         **{name: _ends(policies, plan.rounds, name) for name in ("reward", "win_rate", "tokens")},
-        **{f"{name}_reward": _ends(policies, plan.rounds, name, True) for name in progress.metric_names(policies)},
+        **{f"{name}_reward": _ends(policies, plan.rounds, name, True) for name in metric_names(policies)},
         "annotations": progress.annotations(
             run.config.method.sampling.samples, [entry for entry in seen if entry["gated"]]
         ),
@@ -113,10 +115,7 @@ def _round(entry: dict[str, Any], policies: list[dict[str, Any]]) -> dict[str, A
         "outcomes": entry["outcomes"],
         "flat": entry["flat"],
         **{name: None if after is None else after[name] for name in of_policy},
-        **{
-            f"{name}_reward": None if after is None else after["metrics"].get(name)
-            for name in progress.metric_names(policies)
-        },
+        **{f"{name}_reward": None if after is None else after["metrics"].get(name) for name in metric_names(policies)},
     }
 
 
@@ -211,7 +210,7 @@ def _about_length(found: dict[str, Any]) -> list[str]:
 
 def render_rounds(summary: dict[str, Any]) -> RenderableType:
     """The table of rounds for a terminal: what each round asked for, and the policy it made."""
-    metrics = progress.metric_names(summary["policies"])
+    metrics = metric_names(summary["policies"])
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("round", "pairs", "sampled", "online"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -254,12 +253,22 @@ def with_error(value: float | None, error: float | None) -> str:
     return f"{value:.3f}" + ("" if error is None else f" ±{error:.3f}")
 
 
+def with_sign(change: dict[str, float | None] | None) -> str:
+    """A change with its sign and standard error."""
+    if change is None:
+        return "no prompt in common"
+    return f"{change['mean']:+.3f}" + ("" if change["error"] is None else f" ±{change['error']:.3f}")
+
+
 def _sentences(summary: dict[str, Any], metrics: list[str]) -> list[str]:
     found = []
     for name in (*(f"{name}_reward" for name in metrics), "reward"):
         ends = summary[name]
         if ends["initial"] is not None and ends["final"] is not None:
-            found.append(f"{name.replace('_', ' ')} {ends['initial']:.3f} -> {ends['final']:.3f}.")
+            change = with_sign(summary["change"].get(name))
+            found.append(
+                f"{name.replace('_', ' ')} {ends['initial']:.3f} -> {ends['final']:.3f} ({change} on the same prompts)."
+            )
     annotations = summary["annotations"]
     if annotations["saved_fraction"] is not None:
         found.append(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from toolkit.exchange import derive, hints, layout
+from toolkit.exchange.reports import Condemnations
 from toolkit.exchange.run import Run
 
 WINDOW = 256  # shards looked at in one turn
@@ -23,9 +24,13 @@ class Pending:
 
     def __init__(self, run: Run, note: Callable[..., None] = lambda kind, **values: None) -> None:
         self.run, self.note = run, note
+        self.condemnations = Condemnations(run)
+        self._start_over()
+
+    def _start_over(self) -> None:
         self.round = 0
         self.version = 0  # the next meta-learner version to make
-        self.undecided: list[int] | None = None
+        self.undecided: list[int] | None = None  # of the round
         self.unsampled: list[int] = []
         self.unannotated: list[int] = []
         self.done = 0
@@ -34,6 +39,8 @@ class Pending:
         """Publish what can be published now. True if there was anything."""
         if self.run.records.find(layout.PAIRS) is None:
             return False
+        if self.condemnations.news():
+            self._start_over()
         moved = self._learn()
         moved |= self._decide()
         self._follow()

@@ -8,7 +8,7 @@ without the distributed optimizer; ``DistributedOptimizer.sharded_state_dict`` o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -33,23 +34,6 @@ from toolkit.training.collective import raise_together
 from toolkit.training.optimizer import MOMENTS, PolicyOptimizer
 
 FORMAT = 1
-
-
-class _SynchronousSave(SaveShardedStrategy):
-    """Writes in this process. Megatron's own strategy forks writers and spawns a manager even for a synchronous save:
-    slower, and it hangs for ever if one of them dies."""
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        writer = FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True, thread_count=1)
-        save_state_dict(mcore_to_pyt_state_dict(flat, False), writer, planner=planner)
-
-    def can_handle_sharded_objects(self) -> bool:
-        return True
 
 
 def save(
@@ -67,23 +51,46 @@ def save(
     Raises:
         UserError: on every rank, if the directory isn't empty or can't be written.
     """
-    problem = None
-    if dist.get_rank() == 0 and (not directory.is_dir() or any(directory.iterdir())):
-        problem = f"cannot save a checkpoint in {directory}: expected an existing empty directory"
-    raise_together(problem)
+    first = dist.get_rank() == 0
+    if first and (not directory.is_dir() or any(directory.iterdir())):
+        raise_together(f"cannot save a checkpoint in {directory}: expected an existing empty directory")
+    raise_together(None)
     content = _content(model, optimizer, extra)
     for name, parameter in model.named_parameters():
         for kind, whole in _whole_state(optimizer, parameter).items():
             if kind in content:
                 content[kind][name] = _like(content["model"][name], kind, whole)
-    content["common"] = {**common, "format": FORMAT, "steps": optimizer.steps, "extra": _dtype(extra)}
-    try:
-        dist_checkpointing.save(content, str(directory), sharded_strategy=_SynchronousSave())
-    except (OSError, CheckpointException, CheckpointingException) as error:
-        problem = f"could not write the checkpoint in {directory}: {_cause(error)}"
-    raise_together(problem)
-    mine = (f"__{dist.get_rank()}_", *(("common.pt", "metadata.json", ".metadata") if dist.get_rank() == 0 else ()))
+    content["common"] = {
+        **common,
+        "format": FORMAT,
+        "dtype": _name(model.config.params_dtype),
+        "steps": optimizer.steps,
+        "extra_dtype": _name(next(iter(extra.values())).dtype) if extra else "",
+    }
+    # The steps of dist_checkpointing.save, but all ranks agree after each, and the data are written in this process:
+    # Megatron's own way forks writers and spawns a manager even for a synchronous save, and waits for ever if one dies.
+    tensors, rest = save_preprocess(content)
+    _attempt(directory, lambda: TorchCommonSaveStrategy("torch", 1).save_common(rest, directory))
+    flat, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
+    writer = FileSystemWriter(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    _attempt(directory, lambda: save_state_dict(mcore_to_pyt_state_dict(flat, False), writer, planner=planner))
+    _attempt(directory, lambda: first and save_config(CheckpointingConfig("torch_dist", 1), str(directory)))
+    mine = (f"__{dist.get_rank()}_", *(("common.pt", "metadata.json", ".metadata") if first else ()))
     return sorted(path.name for path in directory.iterdir() if path.name.startswith(mine))
+
+
+def _attempt(directory: Path, action: Callable[[], object]) -> None:
+    """Write something on all ranks, or raise UserError on all."""
+    problem = None
+    try:
+        action()
+    except (OSError, RuntimeError, CheckpointException) as error:
+        problem = (
+            f"could not write the checkpoint in {directory}: {_cause(error)}. Check the space and quota there; "
+            "nothing of it was published"
+        )
+    raise_together(problem)
 
 
 def restore(
@@ -101,17 +108,21 @@ def restore(
         common = dist_checkpointing.load_common_state_dict(str(directory))["common"]
         if common["format"] > FORMAT:
             problem = f"checkpoint {directory} has format {common['format']}, newer than {FORMAT}; update the toolkit"
+        elif common["dtype"] != _name(model.config.params_dtype):
+            problem = (
+                f"checkpoint {directory} was trained in {common['dtype']}; expected {_name(model.config.params_dtype)}"
+            )
     except (OSError, CheckpointingException, KeyError, RuntimeError) as error:
         problem = f"{directory} holds no readable checkpoint: {_cause(error)}"
     raise_together(problem)
     parameters = dict(model.named_parameters())
-    if common["extra"]:
-        dtype = getattr(torch, common["extra"])
-        extra = {name: torch.empty_like(parameter, dtype=dtype) for name, parameter in parameters.items()}
+    if common["extra_dtype"]:
+        dtype = getattr(torch, common["extra_dtype"])
+        extra = {name: torch.zeros_like(parameter, dtype=dtype, device="cpu") for name, parameter in parameters.items()}
     content = _content(model, optimizer, extra)
     for kind in content.keys() - {"model", "extra"}:
         for name, parameter in parameters.items():
-            whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+            whole = torch.zeros(parameter.shape, dtype=torch.float32)  # on the CPU: all at once may not fit on a GPU
             content[kind][name] = _like(content["model"][name], kind, whole)
     try:
         loaded = dist_checkpointing.load(content, str(directory))
@@ -125,7 +136,7 @@ def restore(
             for kind in loaded.keys() & state.keys():
                 state[kind].copy_(loaded[kind][name].flatten()[part])
     optimizer.steps = common["steps"]
-    return common, {name: tensor.cpu() for name, tensor in loaded["extra"].items()} if extra else None
+    return common, loaded["extra"] if extra else None
 
 
 def _content(
@@ -152,7 +163,11 @@ def _like(weight: Any, kind: str, tensor: Tensor) -> Any:
 
 
 def _whole_state(optimizer: PolicyOptimizer, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
-    """The parameter's optimizer state in its own shape: put together from the slices of the data-parallel copies."""
+    """The parameter's optimizer state in its own shape.
+
+    With the distributed optimizer it is put together from the slices, on the CPU of the first copy of the model, which
+    writes it; the other copies have the shapes only.
+    """
     part, state = optimizer.state(parameter)
     if not optimizer.distributed:
         return {kind: tensor.view(parameter.shape) for kind, tensor in state.items()}
@@ -162,14 +177,14 @@ def _whole_state(optimizer: PolicyOptimizer, parameter: torch.nn.Parameter) -> d
         flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if state:
             flat[part] = state[kind]
-        dist.all_reduce(flat, group=group)  # each element comes from one copy only: the sum is exact
-        whole[kind] = flat.view(parameter.shape)
+        # Each element comes from one copy only: the sum is exact.
+        dist.reduce(flat, dst=dist.get_global_rank(group, 0), group=group)
+        whole[kind] = flat.view(parameter.shape).to("cpu" if group.rank() == 0 else "meta")
     return whole
 
 
-def _dtype(tensors: Mapping[str, Tensor] | None) -> str:
-    """The name of the tensors' common dtype; empty if there are none."""
-    return str(next(iter(tensors.values())).dtype).removeprefix("torch.") if tensors else ""
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _cause(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -10,6 +11,19 @@ from megatron.core import parallel_state
 from numpy.typing import NDArray
 
 from toolkit.errors import UserError
+
+T = TypeVar("T")
+
+
+def together(action: Callable[[], T]) -> T:
+    """Do something on every rank that may raise UserError on some of them; then it is raised on all."""
+    result, problem = None, None
+    try:
+        result = action()
+    except UserError as error:
+        problem = str(error)
+    raise_together(problem)
+    return result
 
 
 def raise_together(problem: str | None) -> None:

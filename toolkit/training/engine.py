@@ -30,7 +30,7 @@ from toolkit.conversion.registry import read_shape
 from toolkit.conversion.weights import global_name
 from toolkit.errors import UserError, unknown
 from toolkit.training import checkpoint, device
-from toolkit.training.collective import gather_items, raise_together
+from toolkit.training.collective import gather_items, together
 from toolkit.training.export import export
 from toolkit.training.layout import ParallelLayout
 from toolkit.training.logprobs import response_logprobs
@@ -105,14 +105,13 @@ class PolicyEngine:
         self.layout = layout
         self.settings = settings
         self.model_folder = Path(model_folder)
-        self.shape = read_shape(self.model_folder)
+        self.shape = together(lambda: read_shape(self.model_folder))
         layout.check_model(self.shape)
         dtype = DTYPES[settings.dtype]
         config = transformer_config(self.shape, layout, dtype, settings.recompute)
         self.module = build_model(config, self.shape, layout)
         first_layer = self.module.decoder.layers[0].layer_number - 1
         self._names = {name: global_name(name, first_layer) for name, _ in self.module.named_parameters()}
-        self._assign(self.load_weights(model_folder))
         buckets = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=settings.distributed_optimizer
         )
@@ -121,34 +120,43 @@ class PolicyEngine:
         config.finalize_model_grads_func = finalize_model_grads
         config.no_sync_func = self._model.no_sync
         self._swapped = False
+        self.load(model_folder)
 
     # Weights
 
+    @torch.no_grad()
     def load(self, folder: str | Path) -> None:
-        """Set the policy's weights from a Hugging Face folder of the same shape. Optimizer moments stay."""
-        self._assign(self.load_weights(folder))
+        """Set the policy's weights from a Hugging Face folder of the same shape. Optimizer moments stay.
+
+        Raises:
+            UserError: on every rank, if the folder isn't a complete model of this shape.
+        """
+        parameters = dict(self.module.named_parameters())
+
+        def read() -> None:
+            for name, shard in self._read(Path(folder)):
+                parameters[name].copy_(shard)
+
+        together(read)
         self._optimizer.megatron.reload_model_params()
 
     def load_weights(self, folder: str | Path) -> dict[str, Tensor]:
         """This rank's part of the weights in a Hugging Face folder, as ``weights`` gives them; the model is untouched.
 
         Raises:
-            UserError: on every rank, if the folder isn't a complete model of this shape.
+            UserError: as ``load``.
         """
-        folder = Path(folder)
-        weights: dict[str, Tensor] = {}
-        problem = None
-        try:
-            if read_shape(folder) != self.shape:
-                raise UserError(f"{folder} holds a model of another shape than {self.model_folder}; expected the same")
-            rank = parallel_state.get_tensor_model_parallel_rank()
-            dtype = DTYPES[self.settings.dtype]
-            shards = read_shards(folder, self.shape, self._names.values(), rank, self.layout.tensor)
-            weights = {name: shard.to(dtype) for name, (_, shard) in zip(self._names, shards, strict=True)}
-        except UserError as error:
-            problem = str(error)
-        raise_together(problem)
-        return weights
+        dtype = DTYPES[self.settings.dtype]
+        return together(lambda: {name: shard.to(dtype) for name, shard in self._read(Path(folder))})
+
+    def _read(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
+        """(name, shard) of each parameter of this rank, one at a time."""
+        if read_shape(folder) != self.shape:
+            raise UserError(f"{folder} holds a model of another shape than {self.model_folder}; expected the same")
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        shards = read_shards(folder, self.shape, self._names.values(), rank, self.layout.tensor)
+        for name, (_, shard) in zip(self._names, shards, strict=True):
+            yield name, shard
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of this rank's parameters on the CPU, by name. Local."""
@@ -302,7 +310,6 @@ class PolicyEngine:
         """
         schedule = self._optimizer.schedule
         common = {
-            "dtype": self.settings.dtype,
             "total_steps": schedule.lr_decay_steps if schedule else 0,
             "done_steps": schedule.num_steps if schedule else 0,
         }

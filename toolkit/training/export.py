@@ -59,7 +59,7 @@ def export(
             written.append(write_index(directory, plan, dtype.itemsize))
             written += write_companions(model_folder, directory, str(dtype).removeprefix("torch."))
         except OSError as error:
-            problem = f"could not write the policy in {directory}: {error}"
+            problem = f"could not write the policy in {directory}: {error}. Check the space and quota there"
     raise_together(problem)
     return written
 
@@ -69,7 +69,7 @@ def _save(file: Path, tensors: dict[str, Tensor]) -> str | None:
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        return f"could not write the policy file {file}: {error}"
+        return f"could not write the policy file {file}: {error}. Check the space and quota there"
     return None
 
 

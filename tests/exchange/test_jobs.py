@@ -1,0 +1,136 @@
+"""Who is alive: processes of this host, heartbeats on the observer's own clock."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from toolkit.exchange import hints, jobs, layout
+from toolkit.exchange.jobs import Heartbeat, Observer
+from toolkit.exchange.run import Run
+
+
+def test_a_process_is_told_from_a_later_one_with_its_pid() -> None:
+    mine = jobs.this_process()
+    assert jobs.is_this_host(mine) and jobs.is_alive(mine)
+    assert not jobs.is_alive(mine | {"process_start": str(int(mine["process_start"]) - 1)})
+    assert not jobs.is_alive(mine | {"boot_id": "another boot"})
+    assert not jobs.is_alive(mine | {"host": "another host"})
+    json.dumps(mine)
+
+
+def test_a_zombie_and_a_dead_process_are_gone() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    facts = jobs.this_process() | {"pid": child.pid, "process_start": jobs.process_start(child.pid)}
+    assert jobs.is_alive(facts)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet buried
+    assert Path(f"/proc/{child.pid}").exists()
+    assert jobs.process_start(child.pid) is None and not jobs.is_alive(facts)
+    child.communicate()
+    assert jobs.process_start(child.pid) is None and not jobs.is_alive(facts)
+
+
+def test_a_process_name_with_blanks_and_brackets_is_no_trouble(tmp_path: Path) -> None:
+    name = tmp_path / "a ) S 1 (b"
+    name.symlink_to("/bin/sleep")
+    child = subprocess.Popen([str(name), "60"])
+    try:
+        while not Path(f"/proc/{child.pid}/comm").read_text().startswith("a )"):
+            time.sleep(0.01)
+        with subprocess.Popen(["sleep", "60"]) as other:
+            assert abs(int(jobs.process_start(child.pid)) - int(jobs.process_start(other.pid))) < 60 * os.sysconf(
+                "SC_CLK_TCK"
+            )
+            other.kill()
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_the_newest_attempt_of_a_slot(run: Run) -> None:
+    assert jobs.newest(run.records, "trainer") is None
+    for number in range(3):
+        run.records.publish(layout.job("trainer", number, "intent"), {"attempt": f"a{number}"})
+    number, intent = jobs.newest(run.records, "trainer")
+    assert (number, intent.attributes["attempt"]) == (2, "a2")
+
+
+# ---------------------------------------------------------------------------------------------- heartbeats
+
+
+class Clock:
+    """The observer's own clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(jobs.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(jobs.time, "time", lambda: pytest.fail("two hosts' clocks must not be compared"))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_a_claim_is_believed_while_its_counter_moves(tmp_path: Path, clock: Clock) -> None:
+    observer, worker = Observer(tmp_path, patience=60), Heartbeat(tmp_path, "worker-001", "abc")
+    assert observer.claimed("worker-000") == set()
+    worker.beat(["shard 3"])
+    assert observer.claimed("worker-000") == {"shard 3"}
+    clock.now += 59
+    assert observer.claimed("worker-000") == {"shard 3"}
+    clock.now += 2
+    assert observer.claimed("worker-000") == set(), "it stood still for 61 s"
+    worker.beat(["shard 4"])
+    assert observer.claimed("worker-000") == {"shard 4"}, "it was only slow"
+    worker.beat([])
+    assert observer.claimed("worker-000") == set()
+
+
+def test_the_time_of_the_file_means_nothing(tmp_path: Path, clock: Clock) -> None:
+    observer = Observer(tmp_path, patience=60)
+    Heartbeat(tmp_path, "worker-001", "abc").beat(["shard 3"])
+    path = tmp_path / "heartbeats/worker-001.json"
+    for mtime in (0, 4e9):
+        os.utime(path, (mtime, mtime))
+        assert observer.claimed("worker-000") == {"shard 3"}
+    clock.now += 61
+    path.touch()
+    assert observer.claimed("worker-000") == set()
+
+
+def test_a_new_attempt_of_a_slot_starts_over(tmp_path: Path, clock: Clock) -> None:
+    observer = Observer(tmp_path, patience=60)
+    Heartbeat(tmp_path, "worker-001", "dead").beat(["shard 3"])
+    observer.claimed("worker-000")
+    clock.now += 61
+    Heartbeat(tmp_path, "worker-001", "heir").beat(["shard 5"])
+    assert observer.claimed("worker-000") == {"shard 5"}, "the counter is again 1, but of another attempt"
+
+
+def test_ones_own_claims_and_foreign_files_do_not_count(tmp_path: Path, clock: Clock) -> None:
+    observer = Observer(tmp_path, patience=60)
+    Heartbeat(tmp_path, "worker-000", "me").beat(["mine"])
+    Heartbeat(tmp_path, "worker-001", "you").beat(["yours"])
+    for name, content in ((".nfs01.json", "{}"), ("x.json", "{"), ("y.json", "[]"), ("z.json.swp", "{}")):
+        (tmp_path / "heartbeats" / name).write_text(content)
+    assert observer.claimed("worker-000") == {"yours"}
+    assert observer.claimed("worker-001") == {"mine"}
+
+
+def test_hints_are_empty_where_there_are_none(tmp_path: Path) -> None:
+    assert hints.frontier(tmp_path) == hints.status(tmp_path) == {}
+    (tmp_path / "frontier.json").write_text("[1")
+    (tmp_path / "status.json").write_text("[1]")
+    assert hints.frontier(tmp_path) == hints.status(tmp_path) == {}
+    hints.set_frontier(tmp_path, {"round": 1})
+    hints.set_status(tmp_path, {"policy": 2})
+    assert hints.frontier(tmp_path) == {"round": 1}
+    assert hints.status(tmp_path)["policy"] == 2 and hints.status(tmp_path)["written"] > 0

@@ -1,0 +1,166 @@
+"""Deletion: announced by a record, after a grace period, and never of what is needed."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from tests.exchange.conftest import make_config, publish_pairs
+from toolkit.exchange import layout, lineage, retention
+from toolkit.exchange.lineage import Progress
+from toolkit.exchange.records import File, Manifest, Ref
+from toolkit.exchange.retention import collect_garbage, is_deleted
+from toolkit.exchange.run import Run
+
+
+class Grace:
+    """The time that passes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passed = 0.0
+        real = retention.time.time
+        monkeypatch.setattr(retention.time, "time", lambda: real() + self.passed)
+
+
+@pytest.fixture
+def grace(monkeypatch: pytest.MonkeyPatch) -> Grace:
+    return Grace(monkeypatch)
+
+
+def staged(run: Run, ref: Ref) -> list[File]:
+    """Two files in a directory of their own, as the ranks of a trainer leave them."""
+    stage = run.records.stage(ref)
+    entries = []
+    for name in ("a.bin", "b.bin"):
+        (stage / name).write_bytes(name.encode())
+        entries.append(File(f"{stage.name}/{name}", 5, hashlib.sha256(name.encode()).hexdigest()))
+    return entries
+
+
+def train(run: Run, checkpoints: int = 0, policies: int = 0) -> None:
+    parent: Manifest | None = None
+    for number in range(checkpoints):
+        files = staged(run, layout.checkpoint(number))
+        parent = lineage.publish(run.records, parent, Progress(number, 0, 0), {}, 0, files, {})
+    for version in range(policies):
+        run.records.publish(layout.policy(version), {}, staged=staged(run, layout.policy(version)))
+
+
+def evaluate(run: Run, *versions: int) -> None:
+    for version in versions:
+        run.records.publish(layout.evaluation(version), {})
+
+
+def kept(run: Run, kind: str) -> list[int]:
+    """Numbers of the checkpoints or policies whose files are all there."""
+    return sorted(
+        int(path.name.partition(".")[0])
+        for path in (run.root / kind).iterdir()
+        if path.is_dir() and len(list(path.iterdir())) == 2
+    )
+
+
+def directories(run: Run, kind: str) -> list[int]:
+    return sorted(int(path.name.partition(".")[0]) for path in (run.root / kind).iterdir() if path.is_dir())
+
+
+def test_nothing_is_removed_before_it_was_announced_for_the_grace_period(run: Run, grace: Grace) -> None:
+    train(run, checkpoints=5)
+    assert collect_garbage(run) == []
+    assert kept(run, "checkpoints") == [0, 1, 2, 3, 4]
+    assert [number for number in range(5) if is_deleted(run, layout.checkpoint(number))] == [0, 1, 2]
+    grace.passed = run.config.retention.grace - 10
+    assert collect_garbage(run) == [] and kept(run, "checkpoints") == [0, 1, 2, 3, 4]
+    grace.passed = run.config.retention.grace
+    assert sorted(collect_garbage(run)) == [f"checkpoints/00000{number}" for number in range(3)]
+    assert directories(run, "checkpoints") == [3, 4]
+    assert collect_garbage(run) == []
+    assert [lineage.sequence(manifest) for manifest in lineage.chain(run.records)] == [0, 1, 2, 3, 4]
+
+
+def test_the_record_is_there_before_the_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.create(tmp_path, make_config(tmp_path, retention={"grace": 0.0, "checkpoints": 1}), "test")
+    publish_pairs(run)
+    train(run, checkpoints=3)
+    announced = []
+    real = retention._remove
+
+    def remove(root: Path, directory: Path) -> None:
+        number = int(directory.name.partition(".")[0])
+        announced.append(is_deleted(run, layout.checkpoint(number)))
+        real(root, directory)
+
+    monkeypatch.setattr(retention, "_remove", remove)
+    collect_garbage(run)
+    assert announced == [True, True] and kept(run, "checkpoints") == [2]
+
+
+def test_a_removal_that_was_interrupted_is_ended_later(run: Run, grace: Grace, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(run, checkpoints=6)
+    collect_garbage(run)
+    grace.passed = 1e6
+
+    def dies(path: Path) -> None:
+        next(Path(path).iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retention.shutil, "rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            collect_garbage(run)
+    assert len(kept(run, "checkpoints")) == 5
+    collect_garbage(run)
+    assert directories(run, "checkpoints") == [4, 5]
+
+
+def test_the_policies_that_are_needed_stay(run: Run, grace: Grace) -> None:
+    train(run, policies=7)
+    evaluate(run, *range(7))
+    collect_garbage(run)
+    grace.passed = 1e6
+    collect_garbage(run)
+    assert directories(run, "policies") == [0, 5, 6], "the first (a reference), and the newest two"
+    assert run.newest_policy() == 6
+
+
+def test_a_policy_waits_for_its_evaluation(run: Run, grace: Grace) -> None:
+    train(run, policies=7)
+    evaluate(run, 0, 1, 3, 4)
+    collect_garbage(run)
+    grace.passed = 1e6
+    collect_garbage(run)
+    assert directories(run, "policies") == [0, 2, 5, 6]
+    evaluate(run, 2)
+    collect_garbage(run)
+    grace.passed = 2e6
+    collect_garbage(run)
+    assert directories(run, "policies") == [0, 5, 6]
+
+
+@pytest.mark.parametrize("policies", [0, 1])
+def test_the_newest_two_policies_stay_however_few_are_asked_for(tmp_path: Path, policies: int, grace: Grace) -> None:
+    """A round that has begun scores under the policy before, where `previous` is the reference."""
+    groups = {"retention": {"policies": policies}, "inference": {"does": ["sample", "annotate"]}}
+    run = Run.create(tmp_path, make_config(tmp_path, **groups), "test")
+    publish_pairs(run)
+    train(run, policies=5)
+    collect_garbage(run)
+    grace.passed = 1e6
+    collect_garbage(run)
+    assert directories(run, "policies") == [0, 3, 4], "nobody evaluates here, so nothing waits for it"
+
+
+def test_nothing_is_removed_before_the_pairs_are_there(tmp_path: Path, grace: Grace) -> None:
+    run = Run.create(tmp_path, make_config(tmp_path), "test")
+    assert collect_garbage(run) == []
+
+
+def test_nothing_outside_the_run_is_removed(run: Run, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (run.root / "link").symlink_to(outside)
+    with pytest.raises(ValueError, match="not inside the run"):
+        retention._remove(run.root, run.root / "link")
+    assert outside.is_dir()
