@@ -154,30 +154,32 @@ def _go_on(run: Run, detach: bool) -> int:
 
 def status(options: argparse.Namespace) -> None:
     from toolkit.exchange import hints
-    from toolkit.exchange.run import Run
-    from toolkit.reporting import status as reporting
 
     def read() -> dict[str, Any]:
         found = hints.status(options.run)
         if options.refresh or not found:
-            run = Run.open(options.run)
-            found = reporting.collect(run, found.get("jobs", [])) | {"written": time.time()}
+            from toolkit.exchange.run import Run
+            from toolkit.reporting.status import collect
+
+            found = collect(Run.open(options.run), found.get("jobs", []), found) | {"written": time.time()}
         return found
 
     if options.json:
         print(json.dumps(read(), indent=1))
         return
+    from toolkit.reporting.terminal import render
+
     console = _console()
     if not options.watch:
         found = read()
-        console.print(reporting.render(found, time.time() - found["written"]))
+        console.print(render(found, time.time() - found["written"]))
         return
     from rich.live import Live
 
     with Live(console=console, refresh_per_second=4) as live:
         while True:
             found = read()
-            live.update(reporting.render(found, time.time() - found["written"]))
+            live.update(render(found, time.time() - found["written"]))
             if found.get("outcome"):
                 return
             time.sleep(1.0)

@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
 )
 MAX_NEW_TOKENS = 32
 POLICY_CARE = (0.3, 0.7)  # range of the care of the answers that teach the policy
-REWARD_CARE = (0.3, 1.0)  # and the reward model, which will see better answers than the policy's first ones
+REWARD_CARE = (0.2, 1.0)  # and the reward model, which will see better answers than the policy's first ones
 REWARD_LABEL_NOISE = 0.05
 ANSWERS_COMPARED = 4  # to each prompt
 
@@ -76,7 +76,7 @@ class Sizes:
     layers: int = 2
     policy_steps: int = 300
     policy_batch: int = 64
-    reward_steps: int = 200
+    reward_steps: int = 240
     reward_batch: int = 32
     held_out: int = 1024  # prompts of the measurements
     taught: int = 4096  # prompts that the models learn from
@@ -227,7 +227,7 @@ def train_reward(
             mislabelled = torch.rand_like(margins) < REWARD_LABEL_NOISE
             yield -functional.logsigmoid(torch.where(mislabelled, -margins, margins)).mean()
 
-    _optimize(model, losses(), sizes.reward_steps, lr=1.5e-3, name="reward model")
+    _optimize(model, losses(), sizes.reward_steps, lr=2e-3, name="reward model")
     return model.eval()
 
 

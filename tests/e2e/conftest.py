@@ -70,16 +70,16 @@ def toy_world() -> Path:
 
 
 @pytest.fixture
-def no_leftovers() -> Iterator[None]:
-    """No process of any attempt is left when a test ends."""
+def no_leftovers(tmp_path: Path) -> Iterator[None]:
+    """No process of an attempt of this test's runs is left when it ends."""
     yield
-    left = [path for path in Path("/proc").iterdir() if path.name.isdigit() and _is_attempt(path)]
+    left = [path for path in Path("/proc").iterdir() if path.name.isdigit() and _belongs(path, tmp_path)]
     assert not left, [(path / "cmdline").read_bytes() for path in left]
 
 
-def _is_attempt(process: Path) -> bool:
+def _belongs(process: Path, folder: Path) -> bool:
     try:
-        return b"METAAPO_ATTEMPT=" in (process / "environ").read_bytes()
+        return f"PYTHONPATH={folder}".encode() in (process / "environ").read_bytes()
     except OSError:
         return False
 

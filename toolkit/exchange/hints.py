@@ -12,7 +12,7 @@ from toolkit.exchange import filesystem
 
 def frontier(root: Path) -> dict[str, Any]:
     """The sidecar's hint of what is open: ``round``, and the open shards to ``sample`` and to ``annotate``, oldest first;
-    ``done``: shards annotated so far. Empty if there is none."""
+    ``done``: shards of the round that are annotated. Empty if there is none."""
     return _read(root / "frontier.json")
 
 

@@ -265,5 +265,7 @@ class Worker:
 
     def _reward(self, folder: str) -> tuple[RewardEngine, RewardTokenizer]:
         if folder not in self.rewards:
+            started = time.monotonic()
             self.rewards[folder] = RewardEngine(Path(folder), self.engine_settings), RewardTokenizer(folder)
+            self.metrics.write("load", reward=folder, seconds=time.monotonic() - started)
         return self.rewards[folder]

@@ -44,7 +44,12 @@ class Adapter(Protocol):
     """A scheduler."""
 
     def submit(self, job: JobSpec) -> str:
-        """Submit once; returns the scheduler's id. May raise although the job was accepted: look it up by its attempt."""
+        """Submit once; returns the scheduler's id.
+
+        Raises:
+            UserError: refused, and would be again.
+            Exception: anything else is unclear: the job may have been accepted; it is looked up by its attempt.
+        """
 
     def states(self, attempts: Collection[str]) -> dict[str, State]:
         """The state of each attempt, in one query."""

@@ -54,6 +54,13 @@ class Attempt:
             return "pending"
         return "running" if self.start.attributes["kind"] == "started" else "voided"
 
+    @property
+    def death(self) -> dict[str, Any] | None:
+        """``kind``, ``message`` and where there was one ``error`` (its class) of an attempt that did not end well, else None."""
+        if self.outcome == "voided":
+            return {"kind": "never started", "message": "it left no word; its log may say more"}
+        return self.end.attributes if self.end is not None and self.outcome in ("failed", "died") else None
+
 
 def slots(config: Config) -> list[str]:
     """The roles that a run's configuration asks for, one slot a job."""
@@ -91,12 +98,10 @@ def supervise(run: Run, adapter: Adapter) -> list[Attempt]:
     for attempt in open_attempts:
         _bury(run, adapter, attempt, states[attempt.id])
     closing = run.closing(incarnation)
-    if closing is not None:
-        return [history[-1] for history in histories.values() if history]
     newest = []
     for slot, history in histories.items():
         history = attempts(run, slot) if history else []
-        if not history or history[-1].over:
+        if closing is None and (not history or history[-1].over):
             verdict = due(run, slot, [a for a in history if a.incarnation == incarnation])
             if verdict is not None:
                 run.close("failed", verdict)
@@ -113,7 +118,7 @@ def _bury(run: Run, adapter: Adapter, attempt: Attempt, state: State) -> None:
     """Record the death of an attempt that the scheduler does not have any more and that left no word."""
     age = time.time() - attempt.intent.written
     if attempt.start is None:
-        if state is State.GONE and age > START_PATIENCE:
+        if state is State.GONE and (age > START_PATIENCE or run.closing(attempt.incarnation) is not None):
             run.records.publish(
                 layout.job(attempt.slot, attempt.number, "start"), {"kind": "voided", "reason": "never started"}
             )
@@ -134,19 +139,19 @@ def due(run: Run, slot: str, history: list[Attempt]) -> str | None:
     A refusal (a UserError: the input or the configuration is wrong) stops at once; deaths without progress between them have a
     budget.
     """
-    ends = [attempt.end.attributes for attempt in history if attempt.end is not None]
-    if ends and ends[-1]["outcome"] == "failed" and ends[-1]["kind"] == "refused":
-        return f"{slot} stopped: {ends[-1]['message']}"
-    errors = [(end.get("error"), end.get("message")) for end in ends if end["outcome"] in ("failed", "died")]
-    budget = run.config.cluster.attempts
-    if len(errors) >= budget and history[-budget].intent.attributes["progress"] == progress(run):
-        kinds = Counter(str(end.get("kind")) for end in ends[-budget:])
-        return (
-            f"{slot} died {budget} times without a record published in between "
-            f"({', '.join(f'{count} x {kind}' for kind, count in kinds.items())}); the last: {errors[-1][0]}: {errors[-1][1]}. "
-            f"Logs: {run.root}/logs/{slot}. Then: metaapo resume {run.root}"
-        )
-    return None
+    if history and history[-1].outcome == "failed" and history[-1].death["kind"] == "refused":
+        return f"{slot} stopped: {history[-1].death['message']}"
+    mark = progress(run)
+    deaths = [a.death for a in history if a.death is not None and a.intent.attributes["progress"] == mark]
+    if len(deaths) < run.config.cluster.attempts:
+        return None
+    kinds = Counter(death["kind"] for death in deaths)
+    last = ": ".join(deaths[-1][key] for key in ("error", "message") if key in deaths[-1])
+    return (
+        f"{slot} died {len(deaths)} times without a record published in between "
+        f"({', '.join(f'{count} x {kind}' for kind, count in kinds.items())}); the last: {last}. "
+        f"Logs: {run.root}/logs/{slot}. Then: metaapo resume {run.root}"
+    )
 
 
 def progress(run: Run) -> list[int]:
@@ -186,19 +191,22 @@ def submit(run: Run, adapter: Adapter, slot: str, number: int, incarnation: int)
     if won and run.closing(incarnation) is None:
         role = {"trainer": config.trainer, "sidecar": config.sidecar}.get(slot, config.inference)
         trainer = config.trainer
-        adapter.submit(
-            JobSpec(
-                root=run.root,
-                slot=slot,
-                number=number,
-                attempt=attempt,
-                code=snapshot.directory(run.root, code),
-                tasks=trainer.tensor * trainer.pipeline * trainer.data if slot == "trainer" else 1,
-                python=role.python or sys.executable,
-                time_minutes=config.cluster.time_minutes,
-                environment=config.cluster.environment,
-            )
+        job = JobSpec(
+            root=run.root,
+            slot=slot,
+            number=number,
+            attempt=attempt,
+            code=snapshot.directory(run.root, code),
+            tasks=trainer.tensor * trainer.pipeline * trainer.data if slot == "trainer" else 1,
+            python=role.python or sys.executable,
+            time_minutes=config.cluster.time_minutes,
+            environment=config.cluster.environment,
         )
+        try:
+            adapter.submit(job)
+        except UserError as error:  # it would be refused again
+            run.close("failed", str(error))
+            raise
 
 
 def describe(newest: list[Attempt]) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ class Pending:
         self.undecided: list[int] | None = None  # of the round
         self.unsampled: list[int] = []
         self.unannotated: list[int] = []
-        self.done = 0
+        self.done = 0  # shards of the round that are annotated
 
     def turn(self) -> bool:
         """Publish what can be published now. True if there was anything."""
@@ -65,7 +65,7 @@ class Pending:
         if self.undecided is None or newest > self.round:
             self.round = newest
             self.undecided = list(range(plan.shards(newest))) if plan.gated[newest] else []
-            self.unsampled, self.unannotated = [], []
+            self.unsampled, self.unannotated, self.done = [], [], 0
         if not self.undecided:
             return False
         if derive.needs_statistics(self.run.config.method) and not derive.publish_statistics(self.run, self.round):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 
-from toolkit.errors import UserError
 from toolkit.exchange.jobs import Heartbeat
 from toolkit.exchange.run import Run
 from toolkit.launch.adapter import adapter
@@ -45,9 +44,6 @@ def _supervise(tick: Tick, every: float, stop: StopFlag) -> None:
         started = time.monotonic()
         try:
             tick.supervise()
-        except UserError as error:
-            print(error)
-            return
-        except Exception as error:  # a scheduler that does not answer is asked again
-            print(f"supervise: {type(error).__name__}: {error}; trying again")
+        except Exception as error:  # a scheduler that does not answer is asked again; a run that cannot go on is closed
+            print(f"supervise: {type(error).__name__}: {error}")
         stop.sleep(max(0.0, every - (time.monotonic() - started)))

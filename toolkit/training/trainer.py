@@ -276,6 +276,7 @@ class Trainer:
                 return False
 
             self.control.wait(look, min(1.0, self.config.trainer.poll), self.config.trainer.idle_exit)
+            self._note("wait", phi=version, seconds=time.monotonic() - started)
             states: list[MetaLearnerState] = []
 
             def read() -> dict[str, Any]:

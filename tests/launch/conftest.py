@@ -1,0 +1,86 @@
+"""A scheduler in memory, and a package whose roles do what a test tells them instead of training."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.exchange.conftest import make_config, publish_pairs, run
+from toolkit.exchange import layout
+from toolkit.exchange.run import Run
+from toolkit.launch import snapshot
+from toolkit.launch.adapter import JobSpec, State
+
+__all__ = ["make_config", "publish_pairs", "run"]
+
+
+@dataclass
+class MemoryAdapter:
+    """The scheduler's side: jobs are what a test says they are."""
+
+    jobs: dict[str, State] = field(default_factory=dict)
+    submitted: list[JobSpec] = field(default_factory=list)
+    killed: list[str] = field(default_factory=list)
+
+    def submit(self, job: JobSpec) -> str:
+        assert job.attempt not in self.jobs, "submitted twice"
+        self.jobs[job.attempt] = State.PENDING
+        self.submitted.append(job)
+        return str(len(self.submitted))
+
+    def states(self, attempts: Collection[str]) -> dict[str, State]:
+        return {attempt: self.jobs.get(attempt, State.GONE) for attempt in attempts}
+
+    def cancel(self, attempts: Collection[str], kill: bool = False) -> None:
+        self.killed += attempts if kill else []
+
+    # What jobs do.
+
+    def newest(self, slot: str) -> JobSpec:
+        return [job for job in self.submitted if job.slot == slot][-1]
+
+    def start(self, run: Run, slot: str) -> JobSpec:
+        """The newest job of a slot starts on a node far away."""
+        job = self.newest(slot)
+        facts = {"kind": "started", "job": job.attempt, "host": "n1", "boot_id": "b", "pid": 1, "process_start": "1"}
+        manifest, _ = Run.open(run.root, job.attempt).records.publish(layout.job(slot, job.number, "start"), facts)
+        self.jobs[job.attempt] = State.RUNNING if manifest.attempt == job.attempt else State.GONE
+        return job
+
+    def end(self, run: Run, slot: str, **word: object) -> None:
+        """The newest job of a slot runs and ends; without a ``word`` it is killed."""
+        job = self.start(run, slot)
+        if word:
+            Run.open(run.root, job.attempt).records.publish(layout.job(slot, job.number, "end"), word)
+        self.jobs[job.attempt] = State.GONE
+
+
+@pytest.fixture
+def scheduler() -> MemoryAdapter:
+    return MemoryAdapter()
+
+
+@pytest.fixture(scope="session")
+def _package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    package = tmp_path_factory.mktemp("payload") / "toolkit"
+    shutil.copytree(snapshot.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "*.yaml"))
+    return package
+
+
+@pytest.fixture
+def payload(_package: Path, monkeypatch: pytest.MonkeyPatch):
+    """Give every role another body; the jobs of the test run this copy of the package from their snapshot."""
+    monkeypatch.setattr(snapshot, "PACKAGE", _package)
+
+    def define(body: str) -> None:
+        text = "import os, signal, subprocess, sys, time\nfrom toolkit.errors import UserError\nfrom toolkit.exchange import layout\n\n\n"
+        text += "def main(run, slot, number, rank, size, stop):\n" + textwrap.indent(textwrap.dedent(body), "    ")
+        for role in ("training", "inference", "sidecar"):
+            (_package / role / "role.py").write_text(text)
+
+    return define
