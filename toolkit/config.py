@@ -287,6 +287,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return [_convert(arguments[0], v, where) for v in value]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # an environment variable or a name that looks like a number
     if hint is not Any and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value
@@ -357,6 +359,10 @@ def validate(config: Config) -> None:
     for key in POSITIVE:
         if not lookup(config, key) > 0:
             raise UserError(f"{key}: expected a value above 0, got {lookup(config, key)!r}")
+    try:
+        int(config.cluster.umask, 8)
+    except ValueError:
+        raise UserError(f"cluster.umask: expected an octal number such as 027, got {config.cluster.umask!r}") from None
     method = config.method
     if method.shard_size % method.global_batch:
         raise UserError(

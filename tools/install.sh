@@ -34,8 +34,8 @@ for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13 python3.14};
     fi
 done
 [[ -n "$python" ]] ||
-    lack "Python 3.11 to 3.14 with venv; ${PYTHON:-python3} is $(${PYTHON:-python3} --version 2>&1 | head -n 1). On Debian or Ubuntu:" \
-        "sudo apt-get install python3 python3-venv; elsewhere name the interpreter: PYTHON=/path/to/python3."
+    lack "Python 3.11 to 3.14 with venv; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>/dev/null || echo not there)." \
+        "On Debian or Ubuntu: sudo apt-get install python3 python3-venv; or name another one: PYTHON=/path/to/python3"
 [[ ! -e .venv ]] || suits .venv/bin/python ||
     lack "a .venv that works, with Python 3.11 to 3.14; this one doesn't. Remove it and call this again: rm -r .venv"
 

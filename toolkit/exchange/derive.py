@@ -239,6 +239,10 @@ def publish_phi(run: Run, version: int) -> bool:
     state = next_phi(run, version)
     if state is None:
         return False
+    if version > 0 and needs_statistics(run.config.method):
+        learned_in = run.plan.boundaries[version - 1].round
+        if not publish_statistics(run, learned_in):  # they were condemned, and so were scores
+            return False
     contents, description = state.to_tensors()
     run.records.publish(ref, phi_attributes(run, version, description), blobs={".safetensors": save_tensors(contents)})
     return True

@@ -9,7 +9,7 @@ from typing import Any
 import toolkit
 from toolkit import config as configuration
 from toolkit.config import Config
-from toolkit.errors import UserError
+from toolkit.errors import UserError, unknown
 from toolkit.exchange.run import Run, resolved
 
 
@@ -46,7 +46,7 @@ def compose(overrides: list[str], base: Path) -> Config:
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
             composed = hydra_compose("config", overrides)
         values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, overrides)) from error
     del values["toy"]
     config = resolved(configuration.build(Config, values), base)
@@ -61,7 +61,8 @@ class _Root(Config):
 
 def _explain(error: Exception, overrides: list[str]) -> str:
     """Hydra's complaint in one sentence, with the keys that exist where the wrong one was looked for."""
-    message = " ".join(line.strip() for line in str(error).splitlines()[:6] if line.strip())
+    detail = f"{error} {error.__cause__ or ''}"  # what hydra says of a value, its cause says of its type
+    message = " ".join(line.strip() for line in detail.splitlines()[:30] if line.strip())
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0]
         if key and key in str(error):
@@ -84,8 +85,7 @@ def updated(run: Run, overrides: list[str]) -> Config:
     Raises:
         UserError: a key of the identity half (it is immutable), an unknown key, a bad value.
     """
-    for override in overrides:
-        key = override.partition("=")[0]
+    for key, _ in _parsed(overrides):
         if key.split(".")[0] in configuration.IDENTITY:
             raise UserError(
                 f"{key} belongs to the identity of {run.root} and cannot change: its records were made with it. "
@@ -96,17 +96,39 @@ def updated(run: Run, overrides: list[str]) -> Config:
 
 def replayed(overrides: list[str], base: Path) -> Config:
     """The configuration of a replay: that of the run named by ``replay_from``, with operations keys and ``run`` changed."""
-    source = next(o.partition("=")[2] for o in overrides if o.startswith("replay_from="))
+    changed = dict(_parsed(overrides))
+    source = str(changed["replay_from"])
     original = Run.open((base / source).resolve())
-    for override in overrides:
-        key = override.partition("=")[0]
+    for key in changed:
         if key.split(".")[0] not in (*configuration.OPERATIONS, "run", "name", "replay_from"):
             raise UserError(
                 f"{key}: a replay trains {source} again as it was; only these can change: run, {', '.join(configuration.OPERATIONS)}"
             )
-    if not any(override.startswith("run=") for override in overrides):
+    if "run" not in changed:
         raise UserError("a replay needs a directory of its own: run=DIR")
     return resolved(_overridden(dataclasses.asdict(original.config), overrides), base)
+
+
+def _parsed(overrides: list[str]) -> list[tuple[str, Any]]:
+    """Dotted keys and values of ``key=value`` overrides, in hydra's grammar as for a new run.
+
+    Raises:
+        UserError: one that says anything else.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from hydra.errors import HydraException
+
+    found = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise UserError(f"expected key=value, got {text!r}: {str(error).splitlines()[0]}") from error
+        if override.type is OverrideType.DEL or override.is_sweep_override():
+            raise UserError(f"expected key=value, got {text!r}")
+        found.append((override.key_or_group, override.value()))
+    return found
 
 
 def _overridden(values: dict[str, Any], overrides: list[str]) -> Config:
@@ -115,20 +137,14 @@ def _overridden(values: dict[str, Any], overrides: list[str]) -> Config:
     Raises:
         UserError: an unknown key (those that exist there are listed), or a bad value.
     """
-    import yaml
-
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise UserError(f"expected key=value, got {override!r}")
+    for key, value in _parsed(overrides):
         group: Any = values
         *parents, leaf = key.split(".")
         for part in parents:
             group = group.get(part) if isinstance(group, dict) else None
-        if not isinstance(group, dict) or leaf not in group:
-            known = ", ".join(".".join([*parents, name]) for name in (group if isinstance(group, dict) else values))
-            raise UserError(f"unknown configuration key {key!r}; expected one of: {known}")
-        group[leaf] = yaml.safe_load(text)
+        if not isinstance(group, dict):
+            raise unknown("configuration key", key, values)
+        group[leaf] = value
     config = configuration.build(Config, values)
     configuration.validate(config)
     return config
