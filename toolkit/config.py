@@ -179,7 +179,7 @@ class SidecarConfig:
 @dataclass
 class ClusterConfig:
     name: str = "local"
-    kind: str = "local"  # local, slurm
+    kind: str = "local"
     environment: dict[str, str] = field(default_factory=dict)  # variables of every role
     umask: str = "077"
     attempts: int = 5  # of one slot without a record published in between
@@ -312,7 +312,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.round_start.optimizer": ("keep", "reset"),
     "method.round_start.schedule": ("continue", "restart"),
     "trainer.recompute": ("none", "selective", "full"),
-    "cluster.kind": ("local", "slurm"),
+    "cluster.kind": ("local",),
 }
 POSITIVE = (
     "data.max_prompt_tokens",

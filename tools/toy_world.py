@@ -227,7 +227,7 @@ def train_reward(
             mislabelled = torch.rand_like(margins) < REWARD_LABEL_NOISE
             yield -functional.logsigmoid(torch.where(mislabelled, -margins, margins)).mean()
 
-    _optimize(model, losses(), sizes.reward_steps, lr=2e-3, name="reward model")
+    _optimize(model, losses(), sizes.reward_steps, lr=1e-3, name="reward model")
     return model.eval()
 
 

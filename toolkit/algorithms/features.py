@@ -70,8 +70,10 @@ def statistics(features: Tensor) -> FeatureStatistics:
     """
     values = features.detach().double().clamp(min=CLIP).tolist()
     if not values or any(map(math.isnan, values)):
-        raise UserError(f"statistics need at least one score and no NaN, got {len(values)} scores, "
-                        f"{sum(map(math.isnan, values))} of them NaN; look at the log-probs of the round's score records")
+        raise UserError(
+            f"statistics need at least one score and no NaN, got {len(values)} scores, "
+            f"{sum(map(math.isnan, values))} of them NaN; look at the log-probs of the round's score records"
+        )
     mean = math.fsum(values) / len(values)
     variance = math.fsum((value - mean) ** 2 for value in values) / len(values)
     return FeatureStatistics(mean, math.sqrt(max(variance, VARIANCE_FLOOR)), len(values), variance)

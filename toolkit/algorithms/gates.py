@@ -38,8 +38,10 @@ class Gate:
         """
         exact = features.detach().double()
         if self.needs_scores and (count := int(exact.isnan().sum())):
-            raise UserError(f"the gate got {count} NaN among {len(exact)} scores, expected finite ones; "
-                            "look at the log-probs of the round's score records")
+            raise UserError(
+                f"the gate got {count} NaN among {len(exact)} scores, expected finite ones; "
+                "look at the log-probs of the round's score records"
+            )
         if self.needs_learner and state is None:
             raise ValueError("the meta gate needs the state of the meta-learner, got None")
         return self._weights(exact, state).detach().float()

@@ -44,8 +44,12 @@ class MetaLearner(nn.Module):
         super().__init__()
         self.clamp = clamp
         if init == "constant":
-            values = {"input_weight": np.full(hidden, 0.1), "input_bias": np.zeros(hidden),
-                      "output_weight": np.full(hidden, 0.1), "output_bias": np.zeros(1)}
+            values = {
+                "input_weight": np.full(hidden, 0.1),
+                "input_bias": np.zeros(hidden),
+                "output_weight": np.full(hidden, 0.1),
+                "output_bias": np.zeros(1),
+            }
         elif init == "random":
             values = _random_parameters(hidden, seed)
         else:
@@ -88,8 +92,12 @@ class MetaLearnerState:
         """The state as a flat dict of tensors (for safetensors) and a dict of plain JSON values."""
         tensors = {f"{group}.{name}": value for group in _GROUPS for name, value in getattr(self, group).items()}
         statistics = None if self.statistics is None else asdict(self.statistics)
-        return tensors, {"version": self.version, "step": self.step, "statistics": statistics,
-                         "settings": asdict(self.settings)}
+        return tensors, {
+            "version": self.version,
+            "step": self.step,
+            "statistics": statistics,
+            "settings": asdict(self.settings),
+        }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], values: dict[str, Any]) -> MetaLearnerState:
@@ -97,10 +105,16 @@ class MetaLearnerState:
         settings = MetaSettings(**values["settings"])
         expected, _ = initial_state(settings, seed=0).to_tensors()
         if _shapes(tensors) != _shapes(expected):
-            raise UserError(f"expected a meta-learner of {_shapes(expected)}, got {_shapes(tensors)}; "
-                            "the record belongs to another version or other settings")
-        groups = {group: {name.removeprefix(f"{group}."): value for name, value in tensors.items()
-                          if name.startswith(f"{group}.")} for group in _GROUPS}
+            raise UserError(
+                f"expected a meta-learner of {_shapes(expected)}, got {_shapes(tensors)}; "
+                "the record belongs to another version or other settings"
+            )
+        groups = {
+            group: {
+                name.removeprefix(f"{group}."): value for name, value in tensors.items() if name.startswith(f"{group}.")
+            }
+            for group in _GROUPS
+        }
         statistics = None if values["statistics"] is None else FeatureStatistics(**values["statistics"])
         return cls(version=values["version"], step=values["step"], statistics=statistics, settings=settings, **groups)
 
@@ -144,8 +158,10 @@ def update(state: MetaLearnerState, batch: MetaBatch) -> MetaLearnerState:
     if len(features) == 0:
         return following
     if bad := (~torch.stack([features, offline, online]).isfinite().all(0)).nonzero().flatten().tolist():
-        raise UserError(f"expected finite features and losses in the meta batch of version {following.version}, "
-                        f"got others in rows {bad[:8]} of {len(features)}; look at the policy's losses before it")
+        raise UserError(
+            f"expected finite features and losses in the meta batch of version {following.version}, "
+            f"got others in rows {bad[:8]} of {len(features)}; look at the policy's losses before it"
+        )
     with _one_thread(), torch.enable_grad():
         learner = state.learner()
         optimizer = _optimizer(learner, state)
@@ -172,8 +188,12 @@ def _random_parameters(hidden: int, seed: int) -> dict[str, np.ndarray]:
     # h is σ(g): scale and shift so that g(0) = 0 and g'(0) = 1.
     output_weight = output_weight / (output_weight * input_weight * (1 - np.tanh(input_bias) ** 2)).sum()
     output_bias = -(output_weight * np.tanh(input_bias)).sum(keepdims=True)
-    return {"input_weight": input_weight, "input_bias": input_bias,
-            "output_weight": output_weight, "output_bias": output_bias}
+    return {
+        "input_weight": input_weight,
+        "input_bias": input_bias,
+        "output_weight": output_weight,
+        "output_bias": output_bias,
+    }
 
 
 def _optimizer(learner: MetaLearner, state: MetaLearnerState) -> torch.optim.AdamW:
@@ -216,4 +236,6 @@ def _detached(learner: MetaLearner) -> dict[str, Tensor]:
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, str]:
-    return {name: f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" for name, value in sorted(tensors.items())}
+    return {
+        name: f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" for name, value in sorted(tensors.items())
+    }

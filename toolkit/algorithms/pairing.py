@@ -32,8 +32,10 @@ def best_worst(
     ``allow_truncated``. ``token_ids``: the response's tokens. Raises ``ValueError`` unless all three have one length ≥ 2.
     """
     if not len(rewards) == len(truncated) == len(token_ids) >= 2:
-        raise ValueError("expected rewards, truncated and token_ids of one length >= 2, "
-                         f"got {len(rewards)}, {len(truncated)}, {len(token_ids)}")
+        raise ValueError(
+            "expected rewards, truncated and token_ids of one length >= 2, "
+            f"got {len(rewards)}, {len(truncated)}, {len(token_ids)}"
+        )
     finished = [index for index, cut in enumerate(truncated) if allow_truncated or not cut]
     if len(finished) < 2:
         return Outcome("all_truncated")

@@ -60,14 +60,21 @@ def validate(
         return
     gated = range(1 if warm_start == "offline_round" else 0, rounds)
     if not gated:
-        raise UserError(f"gate {gate_kind!r} has no round to act in: rounds={rounds} and warm_start={warm_start}; "
-                        "set rounds to 2 or more, or gate=none")
+        raise UserError(
+            f"gate {gate_kind!r} has no round to act in: rounds={rounds} and warm_start={warm_start}; "
+            "set rounds to 2 or more, or gate=none"
+        )
     equal = gate_reference == "behaviour" or (initial_is_policy and list(gated) == [0])
     if needs_reference and equal:
-        remedy = ("take another gate reference (initial, previous, ema; the loss reference can stay)"
-                  if gate_reference == "behaviour" else "set rounds to 2 or more")
-        raise UserError(f"gate {gate_kind!r} compares the policy with itself in every round: gate reference "
-                        f"{gate_reference!r}, rounds={rounds}, so all scores would be equal; {remedy}")
+        remedy = (
+            "take another gate reference (initial, previous, ema; the loss reference can stay)"
+            if gate_reference == "behaviour"
+            else "set rounds to 2 or more"
+        )
+        raise UserError(
+            f"gate {gate_kind!r} compares the policy with itself in every round: gate reference "
+            f"{gate_reference!r}, rounds={rounds}, so all scores would be equal; {remedy}"
+        )
 
 
 def ema_update(average: Tensor, current: Tensor, decay: float) -> Tensor:

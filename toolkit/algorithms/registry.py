@@ -28,11 +28,23 @@ def build(kind: str, registered: Mapping[str, type], name: str, parameters: Mapp
     return registered[name](**parameters)
 
 
-def check_number(name: str, value: object, expected: str, *, above: float = -math.inf, below: float = math.inf,
-                 minimum: float = -math.inf, maximum: float = math.inf) -> None:
+def check_number(
+    name: str,
+    value: object,
+    expected: str,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+) -> None:
     """Raise ``UserError`` unless ``value`` is a finite number, ``above < value < below`` and within the closed bounds."""
-    if (isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-            or not (above < value < below and minimum <= value <= maximum)):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not (above < value < below and minimum <= value <= maximum)
+    ):
         raise UserError(f"{name} must be {expected}, got {value!r}")
 
 

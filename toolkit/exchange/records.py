@@ -195,10 +195,15 @@ class Records:
             generation += 1
         return generation
 
-    def stage(self, ref: Ref) -> Path:
-        """A new directory of this attempt beside the record, for data files written by other libraries or other ranks."""
+    def stage(self, ref: Ref, private: bool = False) -> Path:
+        """A new directory of this attempt beside the record, for data files written by other libraries or other ranks.
+
+        Args:
+            private: for its owner alone: what lies in it is read with pickle (Megatron's checkpoint metadata).
+        """
         directory = self.root / ref.directory / f"{ref.name}.{self.attempt}.{secrets.token_hex(3)}"
-        directory.mkdir(parents=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700 if private else 0o777)
         return directory
 
     def publish(

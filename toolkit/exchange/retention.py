@@ -22,7 +22,7 @@ def collect_garbage(run: Run) -> list[str]:
         The names of the records whose files were removed now.
     """
     removed = []
-    for ref, manifest in reversed(_expendable(run)):  # oldest first: what has files has no older one that still has some
+    for ref, manifest in reversed(_expendable(run)):  # the oldest first, so that an interruption leaves none behind
         announced = Ref("deletions", str(ref).replace("/", "~"))
         record, _ = run.records.publish(announced, {"record": str(ref), "digest": manifest.digest})
         if time.time() - record.written >= run.config.retention.grace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +64,8 @@ class Run:
         known = root.exists() and any(not path.name.startswith(unfinished) for path in root.iterdir())
         if known and not any(root.glob(f"{layout.IDENTITY.name}.g*.json")):
             raise UserError(f"{root} is not empty and holds no run. Choose another directory: run=DIR")
-        root.mkdir(mode=0o777 & ~int(config.cluster.umask, 8), parents=True, exist_ok=True)
+        os.umask(int(config.cluster.umask, 8))  # of all that this process writes from here on
+        root.mkdir(parents=True, exist_ok=True)
         run = cls(root, attempt, None)
         manifest, _ = run.records.publish(layout.IDENTITY, configuration.identity(config))
         different = differences(manifest.attributes, configuration.identity(config))

@@ -44,7 +44,7 @@ def compose(overrides: list[str], base: Path) -> Config:
     ConfigStore.instance().store(name="schema", node=_Root)
     try:
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
-            composed = hydra_compose("config", overrides)
+            composed = hydra_compose("config", [_opened(override) for override in overrides])
         values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, overrides)) from error
@@ -57,6 +57,15 @@ def compose(overrides: list[str], base: Path) -> Config:
 @dataclasses.dataclass
 class _Root(Config):
     toy: str = "toy-world"  # folder of the toy world, for the quickstart's paths
+
+
+def _opened(override: str) -> str:
+    """An override of a free mapping may add keys; hydra wants to be told so."""
+    parts = override.partition("=")[0].split(".")
+    free = not parts[0].startswith(("+", "~")) and {"parameters", "template_arguments", "environment", "metrics"} & set(
+        parts
+    )
+    return f"++{override}" if free else override
 
 
 def _explain(error: Exception, overrides: list[str]) -> str:

@@ -32,6 +32,12 @@ def create(config: Config) -> Run:
     configuration.validate(config)
     preflight(config)
     run = Run.create(Path(config.run), config, "launch")
+    closing = run.closing()
+    if closing is not None:
+        go_on = "report" if closing.attributes["outcome"] == "finished" else "resume"
+        raise UserError(
+            f"{run.root} holds this run already, and it is {closing.attributes['outcome']}: metaapo {go_on} {run.root}"
+        )
     if config.replay_from is not None:
         import_records(Run.open(Path(config.replay_from)), run)
     return run

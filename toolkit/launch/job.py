@@ -38,6 +38,7 @@ def play(root: Path, slot: str, number: int, job_id: str, rank: int, size: int) 
     intent = Run.open(root).records.require(layout.job(slot, number, "intent")).attributes
     check_code(intent["code"])
     run = Run.open(root, intent["attempt"], intent["incarnation"])
+    os.umask(int(run.config.cluster.umask, 8))
     if not _start(run, slot, number, job_id, rank):
         return "voided"
     os.environ[ATTEMPT] = intent["attempt"]

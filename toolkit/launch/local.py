@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,10 @@ class LocalAdapter:
     """Runs attempts on this machine."""
 
     def submit(self, job: JobSpec) -> str:
-        job.logs.mkdir(parents=True, exist_ok=True)
+        if shutil.which(job.python) is None:
+            raise UserError(f"could not start {job.slot} here: its interpreter {job.python} is no program")
+        job.logs.parent.mkdir(parents=True, exist_ok=True)
+        job.logs.mkdir(mode=0o700, exist_ok=True)  # submitit's pickles lie here
         specification = {
             "root": str(job.root),
             "slot": job.slot,

@@ -57,7 +57,7 @@ def check_model(key: str, folder: str, architectures: set[str] | None) -> dict:
     path = Path(folder)
     if not path.is_dir():
         raise UserError(
-            f"{key}: expected a Hugging Face folder, got {folder}, which is not a directory. Fetch it first: metaapo prefetch"
+            f"{key}: expected a Hugging Face folder, got {folder}, which is not a directory. Download it to a folder first."
         )
     try:
         description = json.loads((path / "config.json").read_text(encoding="utf-8"))

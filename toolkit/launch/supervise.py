@@ -15,6 +15,7 @@ from typing import Any
 from toolkit.config import Config
 from toolkit.errors import UserError
 from toolkit.exchange import hints, jobs, layout, lineage
+from toolkit.exchange.readiness import trainer_has_work, workers_have_work
 from toolkit.exchange.records import Manifest
 from toolkit.exchange.run import Run
 from toolkit.launch import snapshot
@@ -168,9 +169,9 @@ def progress(run: Run) -> list[int]:
 def _wanted(run: Run, slot: str, history: list[Attempt], incarnation: int) -> bool:
     """Whether a slot without a living attempt has anything to do."""
     outcome = history[-1].outcome if history and history[-1].incarnation == incarnation else None
-    if slot == "trainer":
-        return not run.finished()
-    return outcome != "done"
+    if outcome == "starved":
+        return trainer_has_work(run) if slot == "trainer" else workers_have_work(run)
+    return not run.finished() if slot == "trainer" else outcome != "done"
 
 
 def submit(run: Run, adapter: Adapter, slot: str, number: int, incarnation: int) -> None:

@@ -23,9 +23,9 @@ META_ROWS = "meta_rows.parquet"
 PROBES = 4
 
 
-def stage(run: Run, control: Control, ref: Ref) -> Path:
+def stage(run: Run, control: Control, ref: Ref, private: bool = False) -> Path:
     """A new directory of this attempt beside the record. Collective."""
-    return Path(control.lead(lambda: str(run.records.stage(ref))))
+    return Path(control.lead(lambda: str(run.records.stage(ref, private))))
 
 
 def seal(control: Control, directory: Path) -> list[File]:
@@ -73,7 +73,7 @@ def publish_checkpoint(
     Raises:
         Superseded: on rank 0 (the others get an error naming it), when another trainer has published this sequence number.
     """
-    directory = stage(run, control, layout.checkpoint(number))
+    directory = stage(run, control, layout.checkpoint(number), private=True)
     engine.save(directory, average)
     if control.leads:
         filesystem.write(directory / META_ROWS, tables.to_parquet(meta_rows))

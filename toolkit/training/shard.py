@@ -28,17 +28,6 @@ def online_rows(run: Run, round_index: int, shard: int) -> pa.Table:
     return kept
 
 
-def is_ready(run: Run, round_index: int, shard: int) -> bool:
-    """Whether all that training this shard needs from others is published."""
-    if not run.plan.gated[round_index]:
-        return True
-    requests = run.records.find(layout.requests(round_index, shard))
-    if requests is None:
-        return False
-    nothing_asked = requests.attributes["sampled"] == 0
-    return nothing_asked or run.records.find(layout.annotations(round_index, shard)) is not None
-
-
 def assemble(run: Run, round_index: int, shard: int) -> tuple[pa.Table, dict[str, str]]:
     """Everything recorded about a shard's pairs, one row a pair, and the records it came from with their digests.
 

@@ -20,6 +20,7 @@ from toolkit.errors import UserError
 from toolkit.exchange import derive, layout, lineage, tables
 from toolkit.exchange.lineage import Progress
 from toolkit.exchange.plan import Batch
+from toolkit.exchange.readiness import shard_is_ready
 from toolkit.exchange.records import Manifest
 from toolkit.exchange.run import Run
 from toolkit.reporting.metrics import MetricsWriter
@@ -218,7 +219,7 @@ class Trainer:
             arrived = [batch.shard]
             if not name.startswith("ema-"):  # one swap of weights serves every shard that is there
                 later = range(batch.shard, self.plan.shards(batch.round))
-                arrived = self.control.lead(lambda: [s for s in later if shards.is_ready(self.run, batch.round, s)])
+                arrived = self.control.lead(lambda: [s for s in later if shard_is_ready(self.run, batch.round, s)])
             current = layout.policy_name(batch.round) if self.step == self.plan.first_step[batch.round] else None
             self._publish_logprobs(name, "online", batch.round, arrived, current)
         found: list[pa.Table] = []
@@ -237,7 +238,7 @@ class Trainer:
         started = time.monotonic()
 
         def look() -> bool:
-            if shards.is_ready(self.run, index, shard):
+            if shard_is_ready(self.run, index, shard):
                 return True
             if time.monotonic() - started > self.config.trainer.meta_wait:  # nobody gates: do it here
                 self._gate(index)

@@ -1,0 +1,285 @@
+"""From overrides to a configuration: the shipped files, new runs, existing runs, replays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.conftest import make_config, publish_pairs
+from toolkit.algorithms.presets import PRESETS
+from toolkit.config import Config
+from toolkit.errors import UserError
+from toolkit.exchange import layout
+from toolkit.exchange.run import Run
+from toolkit.launch.compose import compose, config_directory, replayed, updated
+
+MINIMUM = ["data.path=pairs.jsonl", "model.policy=policy", "reward.model=reward"]
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_directory() / group).glob("*.yaml"))
+
+
+def composed(*overrides: str) -> Config:
+    return compose([*MINIMUM, *overrides], Path("/base"))
+
+
+# ---------------------------------------------------------------------------------------------- the shipped files
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment_loads(experiment: str) -> None:
+    assert composed(f"experiment={experiment}").data.path == "pairs.jsonl"
+
+
+@pytest.mark.parametrize("method", names("method"))
+@pytest.mark.parametrize("experiment", [[], ["experiment=quickstart"]])
+def test_every_method_loads_in_every_experiment(method: str, experiment: list[str]) -> None:
+    assert composed(*experiment, f"method={method}").method.name == method
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(group, name) for group in ("cluster", "data", "model", "inference", "reward") for name in names(group)],
+)
+def test_every_choice_of_every_group_loads(group: str, name: str) -> None:
+    composed(f"{group}={name}", "data.max_prompt_tokens=256")
+
+
+@pytest.mark.parametrize(
+    ("method", "preset"),
+    [("metaapo", "recommended"), ("metaapo_paper", "paper"), ("metaapo_reference_code", "reference_code")],
+)
+def test_a_preset_is_the_same_in_the_files_and_in_the_code(method: str, preset: str) -> None:
+    """The presets are what the tests against the official algorithm run."""
+    found, expected = composed(f"method={method}").method, PRESETS[preset]
+    of_meta = (
+        "init",
+        "clamp",
+        "feature",
+        "learning_rate",
+        "weight_decay",
+        "epochs",
+        "minibatch",
+        "interval",
+        "remainder",
+        "lag",
+    )
+    assert {name: getattr(found.meta, name) for name in of_meta} == {name: getattr(expected, name) for name in of_meta}
+    assert found.gate.kind == found.weight.kind == "meta"
+    assert found.gate.parameters.get("exploration", 0.0) == expected.exploration
+    assert (found.gate_reference, found.loss_reference) == (expected.gate_reference, expected.loss_reference)
+    assert (found.missing_online, found.warm_start) == (expected.missing, expected.warm_start)
+    assert found.round_start.optimizer == expected.round_start_optimizer
+    assert found.round_start.schedule == expected.round_start_schedule
+
+
+def test_the_defaults_of_the_keys_are_the_recommended_ones() -> None:
+    """Who writes a configuration without a preset's file gets no mixture of two."""
+    default, expected = Config().method.meta, PRESETS["recommended"]
+    for name in (
+        "init",
+        "clamp",
+        "feature",
+        "learning_rate",
+        "weight_decay",
+        "epochs",
+        "minibatch",
+        "interval",
+        "remainder",
+        "lag",
+    ):
+        assert getattr(default, name) == getattr(expected, name), name
+
+
+# ---------------------------------------------------------------------------------------------- a new run
+
+
+def test_overrides_win_over_the_files() -> None:
+    found = composed("experiment=quickstart", "method.rounds=7", "trainer.python=null", "inference.does=[evaluate]")
+    assert (found.method.rounds, found.method.shard_size, found.inference.does) == (7, 64, ["evaluate"])
+    assert found.name == "quickstart" and found.run == "/base/runs/quickstart"
+
+
+def test_the_toy_world_can_lie_anywhere() -> None:
+    found = compose(["experiment=quickstart", "toy=/toy"], Path("/base"))
+    assert (found.data.path, found.model.policy) == ("/toy/pairs.jsonl", "/toy/policy")
+    assert (found.reward.model, found.evaluation.metrics["gold"].file) == ("/toy/reward", "/toy/gold.py")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.beta=1", r"method.beta=1: .*keys there: .*gate_reference.*groups: cluster, data"),
+        ("metod.beta=1", "metod.beta=1: .*keys there: cluster, data, .*groups: "),
+        ("method.meta.lagg=1", "method.meta.lagg=1: .*keys there: clamp, epochs.* lag,"),
+        ("+method.meta.lagg=1", "unknown configuration key 'method.meta.lagg'; expected one of: .*method.meta.lag,"),
+        ("method=metapo", "Available options in 'method': bpo dpo metaapo metaapo_paper"),
+        ("metod=metaapo", "metod=metaapo: .*groups: cluster, data, experiment"),
+        ("experiment=nothing", "Available options in 'experiment': alpaca_eval quickstart"),
+        ("method.gate.kind=some", "unknown method.gate.kind 'some'; expected one of: all, fixed, meta"),
+        ("method.rounds=many", "method.rounds=many: .*Value 'many' of type 'str' could not be converted to Integer"),
+        ("method.rounds=2.5", "method.rounds=2.5: .*could not be converted to Integer"),
+        ("method.objective=simpo", "method.objective=simpo: .*Invalid type assigned: str"),
+        ("method.shard_size=500", "multiple of method.global_batch"),
+        ("data.path=${oops}", "Interpolation key 'oops' not found"),
+        ("seed", "seed: .*missing EQUAL"),
+        ("=3", "must be a string"),
+    ],
+)
+def test_what_is_wrong_is_said_with_what_would_be_right(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        composed(override)
+    import re
+
+    assert re.search(message, str(error.value), re.DOTALL), str(error.value)
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(UserError, match=r"data\.path: expected a preference dataset"):
+        compose([], Path("/base"))
+
+
+# ---------------------------------------------------------------------------------------------- an existing run
+
+
+def test_resume_changes_operations(run: Run) -> None:
+    found = updated(
+        run,
+        [
+            "inference.workers=3",
+            "trainer.poll=1e-1",
+            "cluster.umask=027",
+            "cluster.environment.OMP_NUM_THREADS=4",
+            "+cluster.environment.NCCL_DEBUG=WARN",
+            "inference.does=[sample, annotate]",
+            "trainer.python=/envs/trainer/bin/python",
+        ],
+    )
+    assert (found.inference.workers, found.trainer.poll, found.cluster.umask) == (3, 0.1, "027")
+    assert found.cluster.environment == {"OMP_NUM_THREADS": "4", "NCCL_DEBUG": "WARN"}
+    assert found.inference.does == ["sample", "annotate"] and found.trainer.python == "/envs/trainer/bin/python"
+    assert found.method == run.config.method
+    assert run.operations_version() == 0, "nothing is written yet"
+
+
+@pytest.mark.parametrize(
+    "key", ["data.path", "+data.path", "method.rounds", "seed", "model.policy", "evaluation.reward", "replay_from"]
+)
+def test_resume_refuses_keys_of_the_identity_by_name(run: Run, key: str) -> None:
+    with pytest.raises(
+        UserError,
+        match=rf"{key.lstrip('+')} belongs to the identity .*can change: trainer, inference, sidecar, cluster",
+    ):
+        updated(run, ["inference.workers=3", f"{key}=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("inference.wokers=3", "unknown configuration key 'inference.wokers'; expected one of: .*inference.workers"),
+        ("infrence.workers=3", "unknown configuration key 'infrence.workers'; expected one of: cluster"),
+        ("inference.workers.more=3", "unknown configuration key 'inference.workers.more'"),
+        ("inference.workers=many", "inference.workers: expected int, got 'many'"),
+        ("inference.workers=0", "needs at least 1, got 0"),
+        ("inference=3", "inference: expected a group of keys, got 3"),
+        ("trainer.recompute=some", "unknown trainer.recompute 'some'; expected one of: full, none, selective"),
+        ("inference.workers", "expected key=value, got 'inference.workers'"),
+        ("~inference.workers", "expected key=value, got '~inference.workers'"),
+        ("inference.workers=1,2", "expected key=value, got 'inference.workers=1,2'"),
+        ("inference.does=[", r"expected key=value, got 'inference.does=\['"),
+    ],
+)
+def test_resume_says_what_is_wrong(run: Run, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        updated(run, [override])
+
+
+# ---------------------------------------------------------------------------------------------- a replay
+
+
+def replay(run: Run, *overrides: str) -> Config:
+    return replayed([f"replay_from={run.root}", *overrides], Path("/base"))
+
+
+def test_a_replay_is_the_run_with_other_operations(run: Run) -> None:
+    found = replay(run, "run=again", "trainer.tensor=2")
+    assert found.method == run.config.method and found.data == run.config.data
+    assert (found.replay_from, found.run, found.trainer.tensor) == (str(run.root), "/base/again", 2)
+
+
+def test_a_replay_finds_its_source_from_where_it_is_launched(run: Run) -> None:
+    found = replayed([f"replay_from={run.root.name}", "run=again"], run.root.parent)
+    assert found.replay_from == str(run.root)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["run=again", "method.rounds=1"],
+            "method.rounds: a replay trains .* again as it was; only these can change: run, trainer",
+        ),
+        (["trainer.tensor=2"], "a directory of its own: run=DIR"),
+    ],
+)
+def test_a_replay_changes_nothing_else(run: Run, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replay(run, *overrides)
+
+
+def test_a_replay_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        replayed([f"replay_from={tmp_path}", "run=again"], tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- records of a replay
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Run:
+    """A finished run, as far as a replay looks at it."""
+    made = Run.create(tmp_path / "source", make_config(tmp_path / "source"), "test")
+    publish_pairs(made)
+    publish: Any = made.records.publish
+    for index in (1, 2):
+        publish(layout.statistics(index), {"statistics": {"mean": index}})
+        for shard in (0, 1):
+            publish(
+                layout.requests(index, shard),
+                {"shard": shard},
+                blobs={".parquet": f"requests {index} {shard}".encode()},
+            )
+    publish(layout.annotations(1, 1), {"shard": 1}, blobs={".parquet": b"annotations"})
+    for version in range(len(made.plan.boundaries) + 1):
+        publish(layout.phi(version), {"version": version}, blobs={".safetensors": f"phi {version}".encode()})
+    for version in range(4):
+        publish(layout.policy(version), {})
+    return made
+
+
+def test_a_replay_takes_the_records_over_byte_for_byte(source: Run, tmp_path: Path) -> None:
+    from toolkit.launch.replay import import_records
+
+    run = Run.create(tmp_path / "replay", make_config(tmp_path / "replay", replay_from=str(source.root)), "replay")
+    count = import_records(source, run)
+    assert count == 1 + 2 + 4 + 1 + 3
+    assert import_records(source, run) == count, "again, after it was interrupted"
+    for ref in (layout.PAIRS, layout.requests(2, 1), layout.annotations(1, 1), layout.phi(2)):
+        old, new = source.records.require(ref), run.records.require(ref)
+        assert [entry.digest for entry in new.files] == [entry.digest for entry in old.files]
+        assert new.attributes == old.attributes | {"replayed_from": old.digest}
+        for entry in new.files:
+            run.records.verified(new, entry)
+    assert run.pairs(2, 1) == source.pairs(2, 1) and run.heldout() == source.heldout()
+    assert run.plan == source.plan
+    assert run.records.find(layout.annotations(1, 0)) is None and run.newest_policy() is None
+
+
+def test_a_run_that_is_not_finished_cannot_be_replayed(run: Run, tmp_path: Path) -> None:
+    from toolkit.launch.replay import import_records
+
+    with pytest.raises(UserError, match="has not trained its last round"):
+        import_records(run, run)

@@ -1,0 +1,223 @@
+"""Jobs of this machine for real: submitit, processes, snapshots, supervision. Only what the roles do is the tests'."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.launch.conftest import make_config, publish_pairs
+from toolkit.errors import UserError
+from toolkit.exchange import layout
+from toolkit.exchange.jobs import process_start
+from toolkit.exchange.run import Run
+from toolkit.launch import snapshot
+from toolkit.launch.adapter import JobSpec, State
+from toolkit.launch.local import LocalAdapter, processes
+from toolkit.launch.supervise import Attempt, attempts, supervise
+
+Define = Callable[[str], None]
+
+
+def wait_until(true: Callable[[], object], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """A run of one trainer, which leaves no process behind."""
+    offline = {"gate": {"kind": "none"}, "weight": {"kind": "one"}, "rounds": 1, "warm_start": "none"}
+    made = Run.create(tmp_path / "run", make_config(tmp_path / "run", method=offline, reward={"model": None}), "test")
+    publish_pairs(made, (4,))
+    yield made
+    ids = [attempt.id for attempt in attempts(made, "trainer")]
+    LocalAdapter().cancel(ids, kill=True)
+    wait_until(lambda: not any(processes(ids).values()))
+
+
+def newest(run: Run) -> Attempt:
+    return attempts(run, "trainer")[-1]
+
+
+def until_over(run: Run) -> Attempt:
+    """Wait for the newest attempt to end and leave."""
+    wait_until(lambda: newest(run).over)
+    wait_until(lambda: not processes([newest(run).id])[newest(run).id])
+    return newest(run)
+
+
+def log(run: Run, number: int = 0) -> str:
+    (folder,) = (run.root / "logs" / "trainer").glob(f"{number:04d}-*")
+    return "".join(path.read_text() for path in sorted(folder.glob("*_log.out")))
+
+
+# ---------------------------------------------------------------------------------------------- ends
+
+
+def test_a_role_that_refuses_ends_the_run_with_its_sentence(run: Run, payload: Define) -> None:
+    payload('raise UserError("model.policy: no such folder")')
+    (attempt,) = supervise(run, LocalAdapter())
+    assert attempt.outcome == "pending"
+    end = until_over(run).end.attributes
+    assert (end["outcome"], end["kind"], end["message"]) == ("failed", "refused", "model.policy: no such folder")
+    with pytest.raises(UserError, match=r"trainer stopped: model\.policy: no such folder"):
+        supervise(run, LocalAdapter())
+    assert len(attempts(run, "trainer")) == 1
+    assert "model.policy: no such folder" in log(run)
+
+
+def test_all_ranks_play_and_one_speaks(run: Run, payload: Define) -> None:
+    payload('(run.root / f"{slot}-{rank}-of-{size}").touch(); return "done"')
+    run.set_operations(replace(run.config, trainer=replace(run.config.trainer, tensor=2)))
+    supervise(run, LocalAdapter())
+    assert until_over(run).outcome == "done"
+    wait_until(lambda: len(list(run.root.glob("trainer-*"))) == 2)
+    assert sorted(path.name for path in run.root.glob("trainer-*")) == ["trainer-0-of-2", "trainer-1-of-2"]
+
+
+def test_a_job_has_a_session_an_environment_and_code_of_its_own(run: Run, payload: Define) -> None:
+    payload("""
+        import toolkit
+        print("here:", os.getsid(0), os.getcwd(), toolkit.__file__, os.environ["COLOUR"], os.environ["PYTHONSAFEPATH"])
+        return "done"
+    """)
+    run.set_operations(replace(run.config, cluster=replace(run.config.cluster, environment={"COLOUR": "blue"})))
+    supervise(run, LocalAdapter())
+    until_over(run)
+    (line,) = [line for line in log(run).splitlines() if line.startswith("here:")]
+    _, session, _, package, colour, safe = line.split()
+    assert int(session) != os.getsid(0), "Ctrl-C in the launcher's terminal would reach it"
+    assert Path(package).is_relative_to(run.root / "code")
+    assert (colour, safe) == ("blue", "1")
+
+
+# ---------------------------------------------------------------------------------------------- deaths
+
+WAITS = """
+    print("playing", flush=True)
+    while not stop.sleep(0.05):
+        if run.closing(run.incarnation) is not None:
+            return "done"
+    return "saved"
+"""
+
+
+def started(run: Run) -> Attempt:
+    wait_until(lambda: newest(run).start is not None and "playing" in log(run, newest(run).number))
+    return newest(run)
+
+
+def test_a_job_that_is_told_to_stop_saves_and_is_submitted_again(run: Run, payload: Define) -> None:
+    payload(WAITS)
+    local = LocalAdapter()
+    supervise(run, local)
+    first = started(run)
+    assert local.states([first.id, "nobody"]) == {first.id: State.RUNNING, "nobody": State.GONE}
+    local.cancel([first.id])
+    assert until_over(run).outcome == "saved"
+    supervise(run, local)
+    assert started(run).number == 1
+    run.close("cancelled", "by hand")
+    assert until_over(run).outcome == "done"
+    supervise(run, local)
+    assert len(attempts(run, "trainer")) == 2
+
+
+def test_a_killed_job_is_buried_with_all_its_processes(run: Run, payload: Define) -> None:
+    payload("""
+        if number == 0:
+            subprocess.Popen(["sleep", "300"])
+            print("playing", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "done"
+    """)
+    supervise(run, LocalAdapter())
+    first = started(run)
+    wait_until(lambda: process_start(first.start.attributes["pid"]) is None)
+    assert processes([first.id])[first.id], "its child lives on"
+    supervise(run, LocalAdapter())
+    end = attempts(run, "trainer")[0].end.attributes
+    assert (end["outcome"], end["kind"]) == ("died", "crash")
+    wait_until(lambda: not processes([first.id])[first.id])
+    assert newest(run).number == 1 and until_over(run).outcome == "done"
+
+
+def test_a_job_that_ignores_everything_is_killed(run: Run, payload: Define) -> None:
+    payload("""
+        for name in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(name, signal.SIG_IGN)
+        print("playing", flush=True)
+        time.sleep(300)
+    """)
+    local = LocalAdapter()
+    supervise(run, local)
+    job = started(run)
+    local.cancel([job.id])
+    time.sleep(0.5)
+    assert local.states([job.id])[job.id] is State.RUNNING
+    local.cancel([job.id], kill=True)
+    wait_until(lambda: local.states([job.id])[job.id] is State.GONE)
+
+
+def test_a_paused_job_is_alive(run: Run, payload: Define) -> None:
+    payload(WAITS)
+    supervise(run, LocalAdapter())
+    job = started(run)
+    pid = job.start.attributes["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    supervise(run, LocalAdapter())
+    assert len(attempts(run, "trainer")) == 1 and not newest(run).over
+    os.kill(pid, signal.SIGCONT)
+    LocalAdapter().cancel([job.id])
+    assert until_over(run).outcome == "saved"
+
+
+# ---------------------------------------------------------------------------------------------- code
+
+
+def submit(run: Run, number: int, code: str) -> str:
+    """Submit an attempt with the code of this digest, as `supervise` does."""
+    attempt = f"by-hand-{number}"
+    intent = {"attempt": attempt, "incarnation": 0, "code": code, "progress": []}
+    run.records.publish(layout.job("trainer", number, "intent"), intent)
+    folder = snapshot.directory(run.root, code)
+    LocalAdapter().submit(JobSpec(run.root, "trainer", number, attempt, folder, 1, sys.executable, 60))
+    return attempt
+
+
+def test_a_job_runs_the_code_it_was_submitted_with(run: Run, payload: Define) -> None:
+    payload('print("old code"); return "done"')
+    old = snapshot.take(run.root)
+    payload('print("new code"); return "done"')
+    new = snapshot.take(run.root)
+    for number, code in enumerate((old, new)):
+        submit(run, number, code)
+        assert until_over(run).outcome == "done"
+    assert "old code" in log(run, 0) and "new code" in log(run, 1)
+
+
+def test_a_job_refuses_a_snapshot_that_was_edited(run: Run, payload: Define) -> None:
+    payload('return "done"')
+    code = snapshot.take(run.root)
+    with (snapshot.directory(run.root, code) / "toolkit" / "cli.py").open("a") as file:
+        file.write("# a quick fix\n")
+    attempt = submit(run, 0, code)
+    wait_until(lambda: not processes([attempt])[attempt])
+    assert newest(run).start is None
+    assert f"submitted with code {code[:12]}" in log(run)
+
+
+def test_an_interpreter_that_is_not_there_stops_the_run(run: Run, payload: Define) -> None:
+    run.set_operations(replace(run.config, trainer=replace(run.config.trainer, python="/no/such/python")))
+    with pytest.raises(UserError, match=r"could not start trainer here: .*/no/such/python"):
+        supervise(run, LocalAdapter())
+    assert "/no/such/python" in run.closing().attributes["reason"]
