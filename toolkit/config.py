@@ -69,6 +69,7 @@ class MetaConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     clamp: float = 0.02  # weights stay within [clamp, 1 - clamp]
+    exploration: float = 0.1  # least chance of a prompt to be sampled by the meta gate
 
 
 @dataclass
@@ -214,6 +215,12 @@ class Config:
     def needs_workers(self) -> bool:
         """Whether anything is sampled, or judged by a reward model: offline training without one is a trainer and nothing else."""
         return self.method.gate.kind != "none" or self.evaluation_reward is not None
+
+    @property
+    def gate_parameters(self) -> dict[str, Any]:
+        """Parameters of the gate; the meta gate's are among the meta-learner's settings."""
+        method = self.method
+        return {"exploration": method.meta.exploration} if method.gate.kind == "meta" else method.gate.parameters
 
     @property
     def learns(self) -> bool:
@@ -388,6 +395,11 @@ def validate(config: Config) -> None:
         )
     if method.gate.kind != "none" and method.sampling.samples < 2:
         raise UserError(f"method.sampling.samples: a pair needs at least 2 responses, got {method.sampling.samples}")
+    if method.gate.kind == "meta" and method.gate.parameters:
+        raise UserError(
+            f"method.gate.parameters: the meta gate has none, got {', '.join(method.gate.parameters)}; "
+            "its least chance of sampling is method.meta.exploration"
+        )
     if method.meta.lag < 0:
         raise UserError(f"method.meta.lag: expected 0 or more, got {method.meta.lag}")
     unknown_work = sorted(set(config.inference.does) - {"sample", "annotate", "evaluate"})

@@ -60,6 +60,7 @@ THINGS = (
     ("", "big", "dark", "new", "old", "red", "small", "tall"),
     ("boat", "bridge", "city", "dog", "forest", "garden", "hill", "house", "king", "lake", "road", "sea"),
 )
+FILLERS = ("er", "hmm", "just", "like", "oh", "really", "so", "stuff", "thing", "um", "very", "well")
 
 # What the offline pairs are worth differs by tone, so that it can pay to replace some by sampled ones: the care of the
 # answer set against the policy's, and the share of pairs labelled the wrong way round.
@@ -104,17 +105,21 @@ def write_answer(prompt: str, care: float, rng: random.Random) -> str:
         return rng.random() >= care
 
     count = max(1, count + (rng.choice((-1, 1)) if slips() and slips() else 0))
-    words = rng.sample([*gold.STRONG_WORDS[tone], *gold.MILD_WORDS[tone]], count)
+    words = rng.sample(_words_of(tone), count)
     for place in range(count):
         if slips():
-            words[place] = rng.choice(gold.STRONG_WORDS[rng.choice(gold.TONES)])
+            words[place] = rng.choice((rng.choice(FILLERS), rng.choice(_words_of(rng.choice(gold.TONES)))))
     return " ".join(words)
+
+
+def _words_of(tone: str) -> tuple[str, ...]:
+    return gold.STRONG_WORDS[tone] + gold.MILD_WORDS[tone]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a token for each word of the toy world; it can spell any text."""
     words = [*gold.COUNTS, *gold.TONES, *THINGS[0], *THINGS[1], "word", "words", "about", "for", "the", *VERBS]
-    words += [word for by_tone in (gold.STRONG_WORDS, gold.MILD_WORDS) for tone in by_tone.values() for word in tone]
+    words += [*FILLERS, *(word for tone in gold.TONES for word in _words_of(tone))]
     tokenizer = Tokenizer(models.BPE())
     # The prefix space makes one token of a word, be it the first of a text or not.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

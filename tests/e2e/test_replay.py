@@ -41,6 +41,7 @@ def test_a_replay_in_another_layout_gives_the_same_weights(finished_run: Run, tm
     assert expected.keys() == found.keys()
     worst = max(float(abs(expected[name] - found[name]).max()) for name in expected)
     moved = max(float(abs(expected[name] - value).max()) for name, value in weights_at_start(finished_run).items())
+    print(f"largest difference of a weight {worst:.1e}; the weights moved by up to {moved:.1e}")
     assert worst <= ACROSS_LAYOUTS < moved / 100
     assert metaapo("verify", str(again.root)).returncode == 0
 

@@ -66,10 +66,11 @@ def test_a_preset_is_the_same_in_the_files_and_in_the_code(method: str, preset: 
         "interval",
         "remainder",
         "lag",
+        "exploration",
     )
     assert {name: getattr(found.meta, name) for name in of_meta} == {name: getattr(expected, name) for name in of_meta}
     assert found.gate.kind == found.weight.kind == "meta"
-    assert found.gate.parameters.get("exploration", 0.0) == expected.exploration
+    assert found.gate.parameters == {}
     assert (found.gate_reference, found.loss_reference) == (expected.gate_reference, expected.loss_reference)
     assert (found.missing_online, found.warm_start) == (expected.missing, expected.warm_start)
     assert found.round_start.optimizer == expected.round_start_optimizer
@@ -90,6 +91,7 @@ def test_the_defaults_of_the_keys_are_the_recommended_ones() -> None:
         "interval",
         "remainder",
         "lag",
+        "exploration",
     ):
         assert getattr(default, name) == getattr(expected, name), name
 

@@ -153,7 +153,7 @@ def test_a_layout_that_the_model_cannot_fill(world: World, trainer: dict, messag
         ),
         ({"objective": {"name": "dpo", "parameters": {"beta": -1}}}, "dpo: beta must be a number > 0, got -1"),
         ({"gate": {"kind": "random"}}, "gate 'random' needs the parameter 'probability'"),
-        ({"gate": {"kind": "meta", "parameters": {"exploration": 1}}}, r"exploration must be in \[0, 1\), got 1"),
+        ({"meta": {"exploration": 1}}, r"exploration must be in \[0, 1\), got 1"),
         ({"weight": {"kind": "constant"}}, r"method.weight.parameters.value in \[0, 1\], got None"),
         ({"gate_reference": "behaviour"}, "behaviour"),
     ],

@@ -16,8 +16,14 @@ from toolkit.exchange.run import Run
 SHARDS = (0, 1)  # of each gated round
 METHODS: dict[str, dict[str, Any]] = {
     "recommended": {
-        "gate": {"kind": "meta", "parameters": {"exploration": 0.1}},
-        "meta": {"interval": 2, "feature": "standardised", "init": "random", "clamp": 0.02, "minibatch": 3},
+        "meta": {
+            "interval": 2,
+            "feature": "standardised",
+            "init": "random",
+            "clamp": 0.02,
+            "minibatch": 3,
+            "exploration": 0.1,
+        }
     },
     "paper": {
         "meta": {
@@ -27,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "clamp": 0.0,
             "minibatch": None,
             "learning_rate": 5e-3,
+            "exploration": 0.0,
         }
     },
     "random": {"gate": {"kind": "random", "parameters": {"probability": 0.5}}, "weight": {"kind": "zero"}},

@@ -122,19 +122,26 @@ def statistics(run: Run, round_index: int) -> FeatureStatistics | None:
     return FeatureStatistics(**run.records.require(layout.statistics(round_index)).attributes["statistics"])
 
 
+def scored_statistics(run: Run, round_index: int) -> FeatureStatistics | None:
+    """The round's feature statistics from its scores; None while one is missing."""
+    found = []
+    for shard in range(run.plan.shards(round_index)):
+        scores = _scores(run, round_index, shard)
+        if scores is None:
+            return None
+        found.append(margins(run, scores))
+    beta = objective(run.config.method).beta
+    return features.statistics(features.feature(torch.cat(found), "log_sigmoid_beta", beta))
+
+
 def publish_statistics(run: Run, round_index: int) -> bool:
     """Publish the round's feature statistics if all its scores are there. True once the record exists."""
     ref = layout.statistics(round_index)
     if run.records.find(ref) is not None:
         return True
-    found = []
-    for shard in range(run.plan.shards(round_index)):
-        scores = _scores(run, round_index, shard)
-        if scores is None:
-            return False
-        found.append(margins(run, scores))
-    beta = objective(run.config.method).beta
-    computed = features.statistics(features.feature(torch.cat(found), "log_sigmoid_beta", beta))
+    computed = scored_statistics(run, round_index)
+    if computed is None:
+        return False
     run.records.publish(ref, {"statistics": vars(computed)})
     return True
 
@@ -152,7 +159,7 @@ def request_table(run: Run, round_index: int, shard: int) -> pa.Table:
     if scores is None:
         raise UserError(f"round {round_index}, shard {shard}: its scores are not published, so no decision follows")
     method, ids = run.config.method, run.records.table(scores[0])["pair_id"].to_pylist()
-    gate = gates.get(method.gate.kind, **method.gate.parameters)
+    gate = gates.get(method.gate.kind, **run.config.gate_parameters)
     stats = statistics(run, round_index)
     s = features.feature(margins(run, scores), method.meta.feature, objective(method).beta, stats)
     state = phi_state(run, run.plan.version_before_round(round_index)) if gate.needs_learner else None
@@ -202,6 +209,7 @@ def meta_settings(method: MethodConfig) -> MetaSettings:
         interval=meta.interval,
         remainder=meta.remainder,
         lag=meta.lag,
+        exploration=meta.exploration,
     )
 
 

@@ -38,9 +38,10 @@ def workers_have_work(run: Run) -> bool:
     version = run.newest_policy()
     if version is None or run.records.find(layout.PAIRS) is None:
         return False
-    if run.config.evaluation_reward is not None and run.records.find(layout.evaluation(version)) is None:
+    find = run.records.find
+    if run.config.evaluates and any(find(layout.evaluation(older)) is None for older in range(version + 1)):
         return True
     return version < run.plan.rounds and any(
-        run.records.find(layout.requests(version, shard)) is not None and not shard_is_ready(run, version, shard)
+        find(layout.requests(version, shard)) is not None and not shard_is_ready(run, version, shard)
         for shard in range(run.plan.shards(version))
     )

@@ -184,7 +184,8 @@ def _exactly_once(run: Run, found: Findings) -> None:
 def _policies(run: Run, found: Findings) -> None:
     """Each policy names the configured model or a checkpoint of the chain; each evaluation its policy."""
     digests = {manifest.digest: manifest.attributes for manifest in lineage.chain(run.records)}
-    for version in range((run.newest_policy() or -1) + 1):
+    newest = run.newest_policy()
+    for version in range(0 if newest is None else newest + 1):
         manifest = run.records.require(layout.policy(version))
         found.counts["policies"] += 1
         source = manifest.attributes["source"]
@@ -210,7 +211,7 @@ def _complete(run: Run, found: Findings) -> None:
         return
     promised = [layout.policy(version) for version in range(run.plan.rounds + 1)]
     if run.config.replay_from is None:
-        if run.config.evaluation_reward is not None and "evaluate" in run.config.inference.does:
+        if run.config.evaluates:
             promised += [layout.evaluation(version) for version in range(run.plan.rounds + 1)]
         promised += [layout.requests(index, shard) for index, shard in _gated_shards(run)]
     promised += [layout.meta_batch(boundary.version) for boundary in run.plan.boundaries]
@@ -292,6 +293,13 @@ def _derived(run: Run, found: Findings) -> None:
 
     if run.config.replay_from is not None:
         return
+    for index in range(run.plan.rounds):
+        manifest = run.records.find(layout.statistics(index))
+        if manifest is not None:
+            scored, recorded = derive.scored_statistics(run, index), manifest.attributes["statistics"]
+            found.counts["feature statistics"] += 1
+            if scored is None or any(abs(value - recorded[name]) > 1e-9 for name, value in vars(scored).items()):
+                found.problems.append(f"{manifest.ref}: its values {recorded} do not follow from the scores: {scored}")
     for index, shard in _gated_shards(run):
         manifest = run.records.find(layout.requests(index, shard))
         if manifest is None:

@@ -20,7 +20,7 @@ def preflight(config: Config) -> None:
     """
     method = config.method
     objective = objectives.get(method.objective.name, **method.objective.parameters)
-    gates.get(method.gate.kind, **method.gate.parameters)
+    gates.get(method.gate.kind, **config.gate_parameters)
     references.validate(
         method.gate_reference,
         method.loss_reference,
