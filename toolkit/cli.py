@@ -31,6 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"metaapo: {error}", file=sys.stderr)
         return 2
+    except PermissionError as error:
+        print(
+            f"metaapo: {error.filename}: {error.strerror}. Only its owner can move a run; others may read one that is shared "
+            "(cluster.umask): status, logs, verify",
+            file=sys.stderr,
+        )
+        return 2
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
@@ -217,10 +224,11 @@ def cancel(options: argparse.Namespace) -> None:
     from toolkit.exchange.run import Run
     from toolkit.launch import control
 
-    found = control.cancel(Run.open(options.run, "cancel"))
-    _console().print(
-        f"cancelled; {found} attempt(s) stopped, none left. Continue with: metaapo resume {options.run}", soft_wrap=True
-    )
+    run = Run.open(options.run, "cancel")
+    found, closing = control.cancel(run), run.closing()
+    assert closing is not None
+    advice = f" Continue with: metaapo resume {options.run}" if closing.attributes["outcome"] != "finished" else ""
+    _console().print(f"{closing.attributes['outcome']}; {found} attempt(s) stopped, none left.{advice}", soft_wrap=True)
 
 
 def verify(options: argparse.Namespace) -> int:

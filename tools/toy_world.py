@@ -10,7 +10,7 @@ becomes a good but imperfect proxy. The output folder holds
     reward/       LlamaForSequenceClassification with one label, same tokenizer
     pairs.jsonl   offline preference pairs: prompt, chosen, rejected
     gold.py       reward(prompt, response) -> 0..1
-    world.json    seed, sizes, measurements, seconds per step
+    world.json    seed, sizes, digest of the sources, measurements, seconds per step
 
 The same arguments give the same files on the same machine, bit for bit (but for the seconds in world.json). The folder
 appears whole or not at all, and a second call with the same arguments finds it and returns at once.
@@ -19,6 +19,7 @@ appears whole or not at all, and a second call with the same arguments finds it 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -28,6 +29,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -57,7 +59,8 @@ ANSWERS_COMPARED = 4  # to each prompt
 
 VERBS = ("find", "give", "say", "write")
 THINGS = (
-    ("", "big", "dark", "new", "old", "red", "small", "tall"),
+    ("about", "for"),
+    ("", "big ", "dark ", "new ", "old ", "red ", "small ", "tall "),
     ("boat", "bridge", "city", "dog", "forest", "garden", "hill", "house", "king", "lake", "road", "sea"),
 )
 FILLERS = ("er", "hmm", "just", "like", "oh", "really", "so", "stuff", "thing", "um", "very", "well")
@@ -87,18 +90,18 @@ class Sizes:
 
 
 def make_prompts(number: int, rng: random.Random) -> list[str]:
-    """`number` different prompts."""
-    prompts: dict[str, None] = {}
-    while len(prompts) < number:
-        thing = " ".join(rng.choice(words) for words in THINGS).strip()
-        count = rng.choice(list(gold.COUNTS))
-        asked = f"{count} {rng.choice(gold.TONES)} {'word' if count == 'one' else 'words'}"
-        prompts[f"{rng.choice(VERBS)} {asked} {rng.choice(('about', 'for'))} the {thing}."] = None
-    return list(prompts)
+    """`number` different prompts. Raises ValueError if there are not so many."""
+    prompts = [
+        f"{verb} {count} {tone} {'word' if count == 'one' else 'words'} {link} the {adjective}{noun}."
+        for verb, count, tone, link, adjective, noun in product(VERBS, gold.COUNTS, gold.TONES, *THINGS)
+    ]
+    if number > len(prompts):
+        raise ValueError(f"expected at most {len(prompts)} prompts in all, got {number}; ask for fewer pairs")
+    return rng.sample(prompts, number)
 
 
 def write_answer(prompt: str, care: float, rng: random.Random) -> str:
-    """An answer to `prompt` by a writer who does each thing right with probability `care`."""
+    """An answer to `prompt` by a writer who gets each word right with probability `care`, and the count more often."""
     count, tone = gold.parse(prompt)
 
     def slips() -> bool:
@@ -118,7 +121,15 @@ def _words_of(tone: str) -> tuple[str, ...]:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a token for each word of the toy world; it can spell any text."""
-    words = [*gold.COUNTS, *gold.TONES, *THINGS[0], *THINGS[1], "word", "words", "about", "for", "the", *VERBS]
+    words = [
+        *VERBS,
+        *gold.COUNTS,
+        *gold.TONES,
+        "word",
+        "words",
+        "the",
+        *(word.strip() for part in THINGS for word in part),
+    ]
     words += [*FILLERS, *(word for tone in gold.TONES for word in _words_of(tone))]
     tokenizer = Tokenizer(models.BPE())
     # The prefix space makes one token of a word, be it the first of a text or not.
@@ -312,14 +323,19 @@ def measure(
 def make(output: Path, seed: int = 0, sizes: Sizes | None = None) -> dict:
     """Makes the world in the folder `output`, or finds it there, and returns what its world.json holds.
 
-    Raises FileExistsError if the folder holds something else.
+    Raises FileExistsError if the folder holds something else, and ValueError if there are not so many prompts.
     """
     sizes = sizes or Sizes()
-    identity = {"seed": seed, "sizes": asdict(sizes)}
+    sources = b"".join(Path(source).read_bytes() for source in (__file__, gold.__file__))
+    identity = {"seed": seed, "sizes": asdict(sizes), "made_by": hashlib.sha256(sources).hexdigest()}
     if output.exists() and any(output.iterdir()):
         found = json.loads((output / "world.json").read_text()) if (output / "world.json").exists() else {}
-        if {key: found.get(key) for key in identity} != identity:
-            raise FileExistsError(f"{output} holds something other than the toy world of {identity}; remove it first")
+        differing = [key for key, value in identity.items() if found.get(key) != value]
+        if differing:
+            raise FileExistsError(
+                f"expected {output} to be empty or to hold this toy world, but found another {', '.join(differing)} "
+                "in its world.json; remove the folder or name another"
+            )
         return found
 
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
@@ -380,7 +396,7 @@ def main() -> None:
     disable_progress_bar()
     try:
         world = make(arguments.output.absolute(), arguments.seed, Sizes(pairs=arguments.pairs))
-    except FileExistsError as error:
+    except (FileExistsError, ValueError) as error:
         sys.exit(f"toy world: {error}")
     print(f"toy world in {arguments.output}:", json.dumps(world["measurements"], indent=2))
 

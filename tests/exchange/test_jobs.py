@@ -40,18 +40,16 @@ def test_a_zombie_and_a_dead_process_are_gone() -> None:
 def test_a_process_name_with_blanks_and_brackets_is_no_trouble(tmp_path: Path) -> None:
     name = tmp_path / "a ) S 1 (b"
     name.symlink_to("/bin/sleep")
-    child = subprocess.Popen([str(name), "60"])
+    children = [subprocess.Popen([command, "60"]) for command in (str(name), "sleep")]
     try:
-        while not Path(f"/proc/{child.pid}/comm").read_text().startswith("a )"):
+        while not Path(f"/proc/{children[0].pid}/comm").read_text().startswith("a )"):
             time.sleep(0.01)
-        with subprocess.Popen(["sleep", "60"]) as other:
-            assert abs(int(jobs.process_start(child.pid)) - int(jobs.process_start(other.pid))) < 60 * os.sysconf(
-                "SC_CLK_TCK"
-            )
-            other.kill()
+        odd, plain = (int(jobs.process_start(child.pid) or 0) for child in children)
+        assert abs(odd - plain) < 60 * os.sysconf("SC_CLK_TCK")
     finally:
-        child.kill()
-        child.wait()
+        for child in children:
+            child.kill()
+            child.wait()
 
 
 def test_the_newest_attempt_of_a_slot(run: Run) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.exchange.conftest import make_config, publish_pairs
 from toolkit.exchange import layout, lineage, retention
 from toolkit.exchange.lineage import Progress
-from toolkit.exchange.records import File, Manifest, Ref
+from toolkit.exchange.records import File, Manifest, Ref, check
 from toolkit.exchange.retention import collect_garbage, is_deleted
 from toolkit.exchange.run import Run
 
@@ -97,17 +97,25 @@ def test_the_record_is_there_before_the_files_go(tmp_path: Path, monkeypatch: py
     assert announced == [True, True] and kept(run, "checkpoints") == [2]
 
 
-def test_a_removal_that_was_interrupted_is_ended_later(run: Run, grace: Grace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dies", ["inside-the-first", "after-the-first"])
+def test_a_removal_that_was_interrupted_is_ended_later(
+    run: Run, grace: Grace, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
     train(run, checkpoints=6)
     collect_garbage(run)
     grace.passed = 1e6
+    real, removed = retention.shutil.rmtree, []
 
-    def dies(path: Path) -> None:
-        next(Path(path).iterdir()).unlink()
-        raise KeyboardInterrupt
+    def remove(path: Path) -> None:
+        if dies == "inside-the-first":
+            next(Path(path).iterdir()).unlink()
+        if dies == "inside-the-first" or removed:
+            raise KeyboardInterrupt
+        real(path)
+        removed.append(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(retention.shutil, "rmtree", dies)
+        patch.setattr(retention.shutil, "rmtree", remove)
         with pytest.raises(KeyboardInterrupt):
             collect_garbage(run)
     assert len(kept(run, "checkpoints")) == 5
@@ -150,6 +158,33 @@ def test_the_newest_two_policies_stay_however_few_are_asked_for(tmp_path: Path, 
     grace.passed = 1e6
     collect_garbage(run)
     assert directories(run, "policies") == [0, 3, 4], "nobody evaluates here, so nothing waits for it"
+
+
+def test_what_dead_and_beaten_attempts_left_is_removed(run: Run, grace: Grace) -> None:
+    train(run, checkpoints=1, policies=1)
+    left = []
+    for attempt in ("dead", "beaten"):
+        other = Run.open(run.root, attempt)
+        for ref in (layout.checkpoint(0), layout.checkpoint(1), layout.policy(0)):
+            staged(other, ref)
+            left.append(other.records.stage(ref))
+    (run.root / "checkpoints" / "foreign").mkdir()
+    collect_garbage(run)
+    grace.passed = run.config.retention.grace - 10
+    assert collect_garbage(run) == [] and all(directory.is_dir() for directory in left)
+    grace.passed = run.config.retention.grace
+    removed = collect_garbage(run)
+    assert len(removed) == 8 and all(name.startswith(("checkpoints/000000.", "policies/0000.")) for name in removed)
+    assert kept(run, "policies") == [0]
+    assert (run.root / "checkpoints" / "foreign").is_dir()
+    staying = sorted(path.name for path in (run.root / "checkpoints").iterdir() if path.is_dir())
+    assert len([name for name in staying if name.startswith("000001.")]) == 4, (
+        "checkpoint 1 may still become one of these"
+    )
+    assert len([name for name in staying if name.startswith("000000.")]) == 1
+    check(lineage.chain(run.records)[0], lineage.chain(run.records)[0].files[0])
+    train_on = lineage.publish(run.records, lineage.newest(run.records), Progress(1, 0, 0), {}, 0, [], {})
+    assert collect_garbage(run) == [], f"{train_on.ref} has no files: nothing tells whose directory is whose"
 
 
 def test_nothing_is_removed_before_the_pairs_are_there(tmp_path: Path, grace: Grace) -> None:

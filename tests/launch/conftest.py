@@ -1,22 +1,75 @@
-"""A scheduler in memory, and a package whose roles do what a test tells them instead of training."""
+"""A scheduler in memory, folders that pass for models, and a package whose roles do what a test tells them."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.exchange.conftest import make_config, publish_pairs, run
+from toolkit.config import Config
+from toolkit.errors import UserError
 from toolkit.exchange import layout
 from toolkit.exchange.run import Run
 from toolkit.launch import snapshot
 from toolkit.launch.adapter import JobSpec, State
+from toolkit.launch.preflight import preflight
 
 __all__ = ["make_config", "publish_pairs", "run"]
+
+
+SHAPE = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "hidden_size": 64,
+}
+
+
+def model_folder(path: Path, architecture: str = "LlamaForCausalLM", **description: Any) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"architectures": [architecture], **SHAPE, **description}))
+    header = json.dumps({"__metadata__": {}, "a": {"shape": [10, 3]}, "b": {"shape": [5]}, "c": {"shape": []}}).encode()
+    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(144))
+    (path / "tokenizer.json").write_text("{}")
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    return path
+
+
+class World:
+    """Data and models that pass."""
+
+    def __init__(self, path: Path) -> None:
+        self.data = path / "pairs.jsonl"
+        self.data.touch()
+        self.policy = model_folder(path / "policy")
+        self.reward = model_folder(path / "reward", "LlamaForSequenceClassification")
+
+    def config(self, **groups: Any) -> Config:
+        given = {
+            "data": {"path": str(self.data)},
+            "model": {"policy": str(self.policy)},
+            "reward": {"model": str(self.reward)},
+        }
+        for group, keys in groups.items():
+            given[group] = given.get(group, {}) | keys
+        return make_config(self.data.parent / "run", **given)
+
+    def refused(self, message: str, **groups: Any) -> None:
+        with pytest.raises(UserError, match=message):
+            preflight(self.config(**groups))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
 
 
 @dataclass

@@ -6,62 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.launch.conftest import make_config
-from toolkit.config import Config
-from toolkit.errors import UserError
+from tests.launch.conftest import World, model_folder
 from toolkit.launch.estimate import estimate, parameters, weight_bytes
 from toolkit.launch.preflight import preflight
-
-SHAPE = {
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "hidden_size": 64,
-}
-
-
-def model_folder(path: Path, architecture: str = "LlamaForCausalLM", **description: Any) -> Path:
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"architectures": [architecture], **SHAPE, **description}))
-    header = json.dumps({"__metadata__": {}, "a": {"shape": [10, 3]}, "b": {"shape": [5]}, "c": {"shape": []}}).encode()
-    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(144))
-    (path / "tokenizer.json").write_text("{}")
-    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    return path
-
-
-class World:
-    """Data and models that pass."""
-
-    def __init__(self, path: Path) -> None:
-        self.data = path / "pairs.jsonl"
-        self.data.touch()
-        self.policy = model_folder(path / "policy")
-        self.reward = model_folder(path / "reward", "LlamaForSequenceClassification")
-
-    def config(self, **groups: Any) -> Config:
-        given = {
-            "data": {"path": str(self.data)},
-            "model": {"policy": str(self.policy)},
-            "reward": {"model": str(self.reward)},
-        }
-        for group, keys in groups.items():
-            given[group] = given.get(group, {}) | keys
-        return make_config(self.data.parent / "run", **given)
-
-    def refused(self, message: str, **groups: Any) -> None:
-        with pytest.raises(UserError, match=message):
-            preflight(self.config(**groups))
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path)
 
 
 def test_what_is_in_order_passes(world: World) -> None:

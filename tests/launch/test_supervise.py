@@ -171,7 +171,6 @@ def test_a_job_whose_first_process_died_is_killed_as_a_whole(run: Run, scheduler
 @pytest.mark.parametrize(
     ("slot", "outcome", "again"),
     [
-        ("worker-000", "starved", True),
         ("worker-000", "saved", True),
         ("worker-000", "done", False),
         ("trainer", "superseded", True),
@@ -185,6 +184,20 @@ def test_what_ended_is_submitted_again_while_it_has_something_to_do(
     scheduler.end(run, slot, outcome=outcome)
     supervise(run, scheduler)
     assert submitted(scheduler)[slot] == 1 + again
+
+
+def test_a_starved_role_comes_back_when_there_is_work(run: Run, scheduler: MemoryAdapter) -> None:
+    supervise(run, scheduler)
+    scheduler.end(run, "worker-000", outcome="starved")
+    supervise(run, scheduler)
+    assert submitted(scheduler)["worker-000"] == 1
+    run.records.publish(layout.policy(0), {})  # to be evaluated
+    supervise(run, scheduler)
+    assert submitted(scheduler)["worker-000"] == 2
+    advance(run)  # round 0 is trained as far as the lineage says, and its policy is there
+    scheduler.end(run, "trainer", outcome="starved")
+    supervise(run, scheduler)
+    assert submitted(scheduler)["trainer"] == 2, "there are scores to compute"
 
 
 def test_a_trainer_of_a_finished_run_has_nothing_to_do(run: Run, scheduler: MemoryAdapter) -> None:

@@ -25,8 +25,8 @@ def trainer_has_work(run: Run) -> bool:
     if newest is None:
         return True
     at = lineage.progress(newest)
-    if run.records.find(layout.policy(at.round)) is None or at.round == run.plan.rounds:
-        return True  # a policy to publish
+    if run.records.find(layout.policy(at.round)) is None:
+        return True  # a policy to publish, the last one among them
     batch = next(batch for batch in run.plan.batches(at.round) if batch.step == at.step)
     if run.records.find(layout.logprobs(layout.policy_name(at.round), "offline", at.round, batch.shard)) is None:
         return True  # scores to compute

@@ -140,8 +140,9 @@ def due(run: Run, slot: str, history: list[Attempt]) -> str | None:
     A refusal (a UserError: the input or the configuration is wrong) stops at once; deaths without progress between them have a
     budget.
     """
-    if history and history[-1].outcome == "failed" and history[-1].death["kind"] == "refused":
-        return f"{slot} stopped: {history[-1].death['message']}"
+    end = history[-1].death if history else None
+    if end is not None and end["kind"] == "refused":
+        return f"{slot} stopped: {end['message']}"
     mark = progress(run)
     deaths = [a.death for a in history if a.death is not None and a.intent.attributes["progress"] == mark]
     if len(deaths) < run.config.cluster.attempts:
