@@ -169,6 +169,13 @@ def status(options: argparse.Namespace) -> None:
             from toolkit.reporting.status import collect
 
             found = collect(Run.open(options.run), found.get("jobs", []), found) | {"written": time.time()}
+        if found.get("outcome") and any(job["outcome"] in ("running", "pending") for job in found["jobs"]):
+            from toolkit.exchange.run import Run
+            from toolkit.launch.supervise import describe, newest_attempts
+
+            found["jobs"] = describe(
+                newest_attempts(Run.open(options.run))
+            )  # they ended after the last status was written
         return found
 
     if options.json:

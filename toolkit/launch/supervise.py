@@ -82,6 +82,11 @@ def attempts(run: Run, slot: str) -> list[Attempt]:
     return found
 
 
+def newest_attempts(run: Run) -> list[Attempt]:
+    """The newest attempt of every slot that has one."""
+    return [history[-1] for slot in slots(run.config) if (history := attempts(run, slot))]
+
+
 def supervise(run: Run, adapter: Adapter) -> list[Attempt]:
     """Look at every slot once, with one query to the scheduler, and do what is due.
 
