@@ -78,7 +78,7 @@ class Sizes:
     pairs: int = 1536
     hidden: int = 128
     layers: int = 2
-    policy_steps: int = 300
+    policy_steps: int = 240
     policy_batch: int = 64
     reward_steps: int = 240
     reward_batch: int = 32
@@ -165,6 +165,7 @@ def _config(tokenizer: PreTrainedTokenizerFast, sizes: Sizes) -> LlamaConfig:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=tokenizer.model_max_length,
+        initializer_range=0.05,  # with the usual 0.02 so small a network may wait hundreds of steps before it learns
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

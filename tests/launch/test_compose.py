@@ -273,6 +273,10 @@ def test_a_replay_takes_the_records_over_byte_for_byte(source: Run, tmp_path: Pa
         old, new = source.records.require(ref), run.records.require(ref)
         assert [entry.digest for entry in new.files] == [entry.digest for entry in old.files]
         assert new.attributes == old.attributes | {"replayed_from": old.digest}
+        # <name>.g0.<attempt>.<token>.<what it is>
+        assert [entry.path.split(".", 4)[4] for entry in new.files] == [
+            entry.path.split(".", 4)[4] for entry in old.files
+        ]
         for entry in new.files:
             run.records.verified(new, entry)
     assert run.pairs(2, 1) == source.pairs(2, 1) and run.heldout() == source.heldout()

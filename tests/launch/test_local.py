@@ -168,6 +168,31 @@ def test_a_job_that_ignores_everything_is_killed(run: Run, payload: Define) -> N
     wait_until(lambda: local.states([job.id])[job.id] is State.GONE)
 
 
+NAMES_ITSELF = "import setproctitle, time; setproctitle.setproctitle('VLLM::Worker'); print('playing', flush=True); time.sleep(300)"
+
+
+def test_a_process_that_names_itself_is_found(run: Run, payload: Define) -> None:
+    """As vLLM's engine and worker processes do, whose names would be written over their environment."""
+    pytest.importorskip("setproctitle")
+    payload(f"""
+        child = subprocess.Popen([sys.executable, "-c", {NAMES_ITSELF!r}])
+        (run.root / "child").write_text(str(child.pid))
+        stop.sleep(300)
+        return "saved"
+    """)
+    local = LocalAdapter()
+    supervise(run, local)
+    job = started(run)
+    child = int((run.root / "child").read_text())
+    try:
+        assert b"VLLM" in Path(f"/proc/{child}/cmdline").read_bytes()
+        assert child in processes([job.id])[job.id]
+    finally:
+        os.kill(child, signal.SIGKILL)
+    local.cancel([job.id])
+    assert until_over(run).outcome == "saved"
+
+
 def test_a_paused_job_is_alive(run: Run, payload: Define) -> None:
     payload(WAITS)
     supervise(run, LocalAdapter())

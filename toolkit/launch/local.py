@@ -41,6 +41,8 @@ class LocalAdapter:
         }
         environment = os.environ | job.environment
         environment |= {ATTEMPT: job.attempt, "PYTHONPATH": str(job.code), "PYTHONSAFEPATH": "1"}
+        # setproctitle, which vLLM's processes call, would else write over the environment that they are found by.
+        environment["SPT_NOENV"] = "1"
         # Into a file, not a pipe: the job inherits it, and whoever reads a pipe to its end waits for the job's end.
         answer = job.logs / "submission.out"
         with answer.open("wb") as output:
