@@ -29,23 +29,25 @@ def take(root: Path) -> str:
     """Copy the running package into ``<root>/code/<digest>/toolkit``, once.
 
     Returns:
-        The digest.
+        The digest, of the copy: a checkout that is edited meanwhile cannot make the two differ.
     """
     digest = package_digest(PACKAGE)
+    if (directory(root, digest) / "toolkit").is_dir():
+        return digest
+    private = root / "code" / f".{secrets.token_hex(8)}"
+    for path in _files(PACKAGE):
+        copy = private / "toolkit" / path.relative_to(PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        filesystem.sync_file(copy)
+    digest = package_digest(private / "toolkit")
     target = directory(root, digest)
-    if not (target / "toolkit").is_dir():
-        private = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        for path in _files(PACKAGE):
-            copy = private / "toolkit" / path.relative_to(PACKAGE)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-            filesystem.sync_file(copy)
-        try:
-            private.rename(target)  # the name is the content: whoever comes first, it is the same
-        except OSError:
-            shutil.rmtree(private)
-            if not (target / "toolkit").is_dir():
-                raise
+    try:
+        private.rename(target)  # the name is the content: whoever comes first, it is the same
+    except OSError:
+        shutil.rmtree(private)
+        if not (target / "toolkit").is_dir():
+            raise
     return digest
 
 

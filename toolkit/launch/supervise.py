@@ -113,6 +113,8 @@ def supervise(run: Run, adapter: Adapter) -> list[Attempt]:
                 run.close("failed", verdict)
                 raise UserError(verdict)
             if _wanted(run, slot, history, incarnation):
+                if history and history[-1].outcome in ("failed", "died"):
+                    adapter.cancel([history[-1].id], kill=True)  # other ranks may still wait for the one that failed
                 submit(run, adapter, slot, len(history), incarnation)
                 history = attempts(run, slot)
         if history:
