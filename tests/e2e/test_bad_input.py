@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -144,3 +145,14 @@ def test_a_dry_run_starts_and_writes_nothing(quickstart: list[str], tmp_path: Pa
     shown = metaapo(*quickstart, "--dry-run").stdout
     assert "trainer: 1 process" in shown and "worker-000" in shown and "GiB" in shown
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="giving a directory to another user needs root")
+def test_another_users_run_is_read_but_not_acted_for(finished_run: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished_run.root, copy, ignore=shutil.ignore_patterns("logs", "code", "checkpoints"))
+    os.chown(copy, 65534, 65534)
+    for verb in ("tick", "cancel", "resume"):
+        message = refused(verb, str(copy))
+        assert "belongs to user 65534" in message
+    assert "finished" in metaapo("status", str(copy)).stdout

@@ -6,7 +6,7 @@ import pytest
 
 from toolkit.exchange import lineage
 from toolkit.exchange.lineage import Progress
-from toolkit.exchange.records import Manifest, Records, Superseded
+from toolkit.exchange.records import Manifest, Records, Ref, Superseded
 from toolkit.exchange.run import Run
 
 
@@ -47,3 +47,15 @@ def test_a_trainer_that_starts_afresh_goes_on_from_the_newest(run: Run) -> None:
     parent = lineage.newest(heir)
     assert parent is not None
     assert lineage.sequence(publish(heir, parent, 8)) == 2
+
+
+def test_a_cancelled_trainer_may_still_save_but_not_once_the_run_went_on(run: Run) -> None:
+    mine = Run.open(run.root, "mine", incarnation=0)
+    Run.open(run.root, "cancel").close("cancelled", "by hand")
+    with pytest.raises(Superseded):
+        mine.records.publish(Ref("data", "more"), {})
+    saved = lineage.publish(mine.records, None, Progress(3, 0, 0), {}, 0, [], {})
+    assert saved.attempt == "mine"
+    Run.open(run.root, "resume").reopen()
+    with pytest.raises(Superseded, match="gone on to 1"):
+        lineage.publish(mine.records, saved, Progress(5, 0, 0), {}, 3, [], {})

@@ -73,7 +73,7 @@ def test_a_writer_that_loses_at_the_last_moment_leaves_garbage_and_no_error(
 ) -> None:
     other = Records(records.root, "other")
     # When the guard is asked, `records` has looked and found nothing; then the other publishes.
-    records._guard = lambda: other.publish(REF, {"by": "other"}, blobs={".bin": b"theirs"}) and None
+    records._guard = lambda farewell: other.publish(REF, {"by": "other"}, blobs={".bin": b"theirs"}) and None
     found, won = records.publish(REF, {"by": "writer"}, blobs={".bin": b"mine"})
     assert not won and found.attributes == {"by": "other"}
     assert reader(found).verified(found, found.file(".bin")).read_bytes() == b"theirs"

@@ -80,7 +80,7 @@ def publish(
         "consumed": dict(sorted(consumed.items())),
         **extra,
     }
-    manifest, won = records.publish(layout.checkpoint(number), attributes, staged=staged)
+    manifest, won = records.publish(layout.checkpoint(number), attributes, staged=staged, farewell=True)
     if not won:
         raise Superseded(
             f"checkpoint {number} of this run was published by attempt {manifest.attempt}; this attempt ({records.attempt}) is "

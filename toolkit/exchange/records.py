@@ -158,13 +158,14 @@ class Records:
     Args:
         root: the run directory.
         attempt: id of this attempt; every manifest names it.
-        guard: called before each publication; raises `Superseded` when this attempt must not act any more.
+        guard: called before each publication, with whether it is a farewell; raises `Superseded` when this attempt must not act
+            any more.
     """
 
-    def __init__(self, root: Path, attempt: str, guard: Callable[[], None] | None = None) -> None:
+    def __init__(self, root: Path, attempt: str, guard: Callable[[bool], None] | None = None) -> None:
         self.root = root
         self.attempt = attempt
-        self._guard = guard or (lambda: None)
+        self._guard = guard or (lambda farewell: None)
         self._verified: set[tuple[Path, str]] = set()
 
     def find(self, ref: Ref) -> Manifest | None:
@@ -214,6 +215,7 @@ class Records:
         table: pa.Table | None = None,
         blobs: Mapping[str, bytes] | None = None,
         staged: Sequence[File] = (),
+        farewell: bool = False,
     ) -> tuple[Manifest, bool]:
         """Publish a record; the first writer of a name wins.
 
@@ -223,6 +225,7 @@ class Records:
             table: rows, written as ``.parquet``.
             blobs: further small files by suffix.
             staged: files already written and synced below a directory of `stage`, paths relative to the record's directory.
+            farewell: what an attempt that was told to stop may still publish.
 
         Returns:
             The valid manifest and whether it is this call's. A loser's files are garbage that the tick removes.
@@ -236,7 +239,7 @@ class Records:
         existing = self.find(ref)
         if existing is not None:
             return existing, False
-        self._guard()
+        self._guard(farewell)
         generation = self._generation(directory, ref)
         stem = f"{ref.name}.g{generation}.{self.attempt}.{secrets.token_hex(3)}"
         files = list(staged)

@@ -99,6 +99,14 @@ class Run:
             ) from error
         return run
 
+    def require_owner(self) -> None:
+        """Raise UserError unless this user made the run: others may read a shared run, only its owner acts for it."""
+        owner = self.root.stat().st_uid
+        if owner != os.getuid():
+            raise UserError(
+                f"{self.root} belongs to user {owner}, you are {os.getuid()}: only its owner keeps a run going or stops it"
+            )
+
     # ---------------------------------------------------------------- configuration
 
     @cached_property
@@ -156,7 +164,15 @@ class Run:
             Records(self.root, self.attempt).publish(layout.opened(number), {})
         return number
 
-    def _guard(self) -> None:
+    def _guard(self, farewell: bool) -> None:
+        """An attempt acts while its incarnation is open; a farewell (a checkpoint, on the way out) while no later one is."""
+        if farewell:
+            newest = self.current_incarnation()
+            if self.incarnation is not None and newest != self.incarnation:
+                raise Superseded(
+                    f"this attempt belongs to incarnation {self.incarnation}; the run has gone on to {newest}"
+                )
+            return
         if self.incarnation is not None and (closing := self.closing(self.incarnation)) is not None:
             raise Superseded(
                 f"this attempt belongs to incarnation {self.incarnation}, which is over "

@@ -174,6 +174,7 @@ def cancel(run: Run) -> int:
     Returns:
         How many attempts were living.
     """
+    run.require_owner()
     if run.closing() is None:
         run.close("cancelled", "metaapo cancel")
     found = len(living(run))
@@ -187,6 +188,7 @@ def resume(run: Run, config: Config) -> int:
     Raises:
         UserError: the run is finished.
     """
+    run.require_owner()
     preflight(config)
     closing = run.closing()
     if closing is not None and closing.attributes["outcome"] == "finished":

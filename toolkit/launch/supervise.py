@@ -99,10 +99,14 @@ def supervise(run: Run, adapter: Adapter) -> list[Attempt]:
     incarnation = run.current_incarnation()
     assert incarnation is not None
     histories = {slot: attempts(run, slot) for slot in slots(run.config)}
-    open_attempts = [history[-1] for history in histories.values() if history and not history[-1].over]
-    states = adapter.states([attempt.id for attempt in open_attempts])
-    for attempt in open_attempts:
-        _bury(run, adapter, attempt, states[attempt.id])
+    last = [history[-1] for history in histories.values() if history]
+    asked = [attempt for attempt in last if not attempt.over or attempt.outcome == "failed"]
+    states = adapter.states([attempt.id for attempt in asked])
+    for attempt in asked:
+        if not attempt.over:
+            _bury(run, adapter, attempt, states[attempt.id])
+        elif states[attempt.id] is State.RUNNING:
+            adapter.cancel([attempt.id], kill=True)  # its other ranks wait for the one that failed
     closing = run.closing(incarnation)
     newest = []
     for slot, history in histories.items():
@@ -113,8 +117,6 @@ def supervise(run: Run, adapter: Adapter) -> list[Attempt]:
                 run.close("failed", verdict)
                 raise UserError(verdict)
             if _wanted(run, slot, history, incarnation):
-                if history and history[-1].outcome in ("failed", "died"):
-                    adapter.cancel([history[-1].id], kill=True)  # other ranks may still wait for the one that failed
                 submit(run, adapter, slot, len(history), incarnation)
                 history = attempts(run, slot)
         if history:

@@ -17,6 +17,7 @@ class Tick:
     """`advance` acts on records only and may be called every few seconds; `supervise` also asks the scheduler."""
 
     def __init__(self, run: Run, adapter: Adapter) -> None:
+        run.require_owner()
         self.run, self.adapter = run, adapter
         self.jobs: list[dict[str, Any]] = []
         self._status: dict[str, Any] = {}
