@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
 from toolkit.exchange.jobs import Heartbeat
+from toolkit.exchange.records import Superseded
 from toolkit.exchange.run import Run
 from toolkit.launch.adapter import adapter
 from toolkit.launch.tick import Tick
@@ -28,8 +30,9 @@ def main(run: Run, slot: str, number: int, rank: int, size: int, stop: StopFlag)
     supervisor = threading.Thread(target=_supervise, args=(tick, config.supervise, stop), daemon=True)
     supervisor.start()
     while not stop.is_set():
-        while pending.turn():
-            pass
+        with contextlib.suppress(Superseded):  # the run was closed under this turn; that is met below
+            while pending.turn():
+                pass
         tick.advance()
         heartbeat.beat([])
         if run.closing(run.incarnation) is not None:
