@@ -36,10 +36,11 @@ def test_nothing_is_lost_or_doubled_whatever_dies(toy_world: Path, tmp_path: Pat
         "experiment=quickstart",
         f"run={folder}",
         f"toy={toy_world}",
-        *SMALL,
+        *SMALL[1:],  # all pairs: the run must outlast the minute
         "method.shard_size=32",
         "inference.workers=2",
         "inference.heartbeat=1",
+        "cluster.attempts=100",  # the sidecar dies more often than a run would put up with
     )
     try:
         wait_until(lambda: (folder / "jobs/worker-001/0000.start.g0.json").exists())
@@ -50,15 +51,15 @@ def test_nothing_is_lost_or_doubled_whatever_dies(toy_world: Path, tmp_path: Pat
         wait_until(lambda: any("responses" in claim for claim in claims(folder, victim)), every=0.005)
         os.kill(pid_of(run, victim), signal.SIGKILL)
 
-        # The sidecar is killed, and again whenever it is back, for a while.
-        until = time.monotonic() + 20
+        # The sidecar is killed, and again as soon as it is back, for a minute.
+        until = time.monotonic() + 60
         killed = set()
         while time.monotonic() < until:
             number = len(killed)
             if run.records.find(layout.job("sidecar", number, "start")) is not None:
                 os.kill(pid_of(run, "sidecar", number), signal.SIGKILL)
                 killed.add(number)
-            time.sleep(0.2)
+            time.sleep(0.01)
         assert killed
 
         # The trainer is paused; a second one of the same run takes over; then the first wakes up.
