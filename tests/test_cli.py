@@ -56,7 +56,7 @@ def test_help_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("ticked", [True, False])
 def test_status_imports_nothing_heavy(run: Run, arguments: list[str], ticked: bool) -> None:
     if ticked:
-        hints.set_status(run.root, collect(run, []))
+        hints.set_status(run.root, collect(run, {}))
     printed, modules = imported("status", run.root, *arguments)
     assert not modules & set(HEAVY)
     if arguments == ["--json"]:

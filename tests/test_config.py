@@ -48,7 +48,7 @@ def test_missing_keys_take_their_defaults() -> None:
         ({"trainer": {"sequence_parallel": 1}}, "trainer.sequence_parallel: expected bool, got 1"),
         ({"inference": {"does": "sample"}}, "inference.does: expected a list, got 'sample'"),
         ({"inference": {"does": [None]}}, "inference.does: expected str, got None"),
-        ({"cluster": {"environment": ["A"]}}, "cluster.environment: expected a mapping"),
+        ({"cluster": {"jobs": {"environment": ["A"]}}}, "cluster.jobs.environment: expected a mapping"),
         (
             {"evaluation": {"metrics": {"gold": {"flie": ""}}}},
             "evaluation.metrics.gold.flie.*evaluation.metrics.gold.file",
@@ -61,9 +61,11 @@ def test_what_does_not_fit_is_named(values: dict, message: str) -> None:
 
 
 def test_numbers_take_the_type_of_their_key() -> None:
-    found = build(Config, {"method": {"ema_decay": 1}, "cluster": {"environment": {"OMP_NUM_THREADS": 4}}, "name": 7})
+    found = build(
+        Config, {"method": {"ema_decay": 1}, "cluster": {"jobs": {"environment": {"OMP_NUM_THREADS": 4}}}, "name": 7}
+    )
     assert isinstance(found.method.ema_decay, float)
-    assert found.cluster.environment == {"OMP_NUM_THREADS": "4"} and found.name == "7"
+    assert found.cluster.jobs.environment == {"OMP_NUM_THREADS": "4"} and found.name == "7"
     assert build(Config, {"data": {"limit": None}}).data.limit is None
 
 

@@ -19,15 +19,24 @@ if TYPE_CHECKING:
     from toolkit.exchange.run import Run
 
 
+RETRY_LATER = 75  # EX_TEMPFAIL of sysexits.h
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0; 1 when `verify` found something or a run failed; 2 after an error of the user's making; 130 after Ctrl-C.
+        0; 1 when `verify` found something or a run failed; 2 after an error of the user's making; 75 when a scheduler did not
+        answer; 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
+    from toolkit.launch.adapter import Unavailable
+
     try:
         return int(options.verb(options) or 0)
+    except Unavailable as error:
+        print(f"metaapo: the scheduler does not answer ({error}); nothing is lost, try again later", file=sys.stderr)
+        return RETRY_LATER
     except UserError as error:
         print(f"metaapo: {error}", file=sys.stderr)
         return 2
@@ -113,10 +122,11 @@ def prepare(options: argparse.Namespace) -> None:
 
 def launch(options: argparse.Namespace) -> int:
     from toolkit.launch import control
+    from toolkit.launch.rehearsal import dry_run
 
     config = _composed(options.overrides)
     if options.dry_run:
-        control.dry_run(config, _console())
+        dry_run(config, _console())
         return 0
     run = control.create(config)
     control.prepare(run, _console())
@@ -134,11 +144,15 @@ def resume(options: argparse.Namespace) -> int:
 
 
 def _go_on(run: Run, detach: bool) -> int:
-    """Start what is due; in the foreground follow it to its end, where Ctrl-C stops the roles and keeps the run."""
+    """Start what is due; in the foreground follow it to its end.
+
+    A run whose jobs keep it going by themselves, on a cluster, is left to them. Ctrl-C stops the roles of this machine and keeps
+    the run; jobs of a cluster go on.
+    """
     from toolkit.launch import control
 
-    console = _console()
-    if detach:
+    console, cluster = _console(), run.config.cluster
+    if detach or (cluster.kind != "local" and cluster.control != "login"):
         control.start(run)
         console.print(
             f"started. Watch: metaapo status {run.root} --watch   Stop: metaapo cancel {run.root}", soft_wrap=True
@@ -147,6 +161,11 @@ def _go_on(run: Run, detach: bool) -> int:
     try:
         outcome = control.follow_live(run, console)
     except KeyboardInterrupt:
+        if cluster.kind != "local":
+            console.print(
+                f"the jobs go on; somebody has to tick, from cron for instance: metaapo tick {run.root}", soft_wrap=True
+            )
+            return 130
         console.print("stopping: the roles save and leave …", soft_wrap=True)
         control.cancel(run)
         console.print(f"saved. Continue with: metaapo resume {run.root}", soft_wrap=True)
@@ -168,14 +187,12 @@ def status(options: argparse.Namespace) -> None:
             from toolkit.exchange.run import Run
             from toolkit.reporting.status import collect
 
-            found = collect(Run.open(options.run), found.get("jobs", []), found) | {"written": time.time()}
+            found = collect(Run.open(options.run), {}, found) | {"written": time.time()}
         if found.get("outcome") and any(job["outcome"] in ("running", "pending") for job in found["jobs"]):
             from toolkit.exchange.run import Run
-            from toolkit.launch.supervise import describe, newest_attempts
+            from toolkit.launch.tick import described
 
-            found["jobs"] = describe(
-                newest_attempts(Run.open(options.run))
-            )  # they ended after the last status was written
+            found["jobs"] = described(Run.open(options.run))  # they ended after the last status was written
         return found
 
     if options.json:

@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from toolkit.cluster import ROLES, ClusterConfig, request
 from toolkit.errors import UserError, unknown
 
 T = TypeVar("T")
@@ -152,7 +153,6 @@ class TrainerConfig:
     meta_wait: float = 60.0  # seconds until the trainer computes a missing derived record itself
     poll: float = 5.0  # seconds between looks at the exchange
     idle_exit: float = 1800.0  # seconds without work after which the trainer saves and frees its GPUs
-    python: str | None = None  # interpreter of this role's environment; null: the launcher's
 
 
 @dataclass
@@ -167,24 +167,12 @@ class InferenceConfig:
     poll: float = 5.0
     heartbeat: float = 15.0
     idle_exit: float = 1800.0
-    python: str | None = None
 
 
 @dataclass
 class SidecarConfig:
     poll: float = 3.0
     supervise: float = 60.0  # seconds between looks at the scheduler, at least
-    python: str | None = None
-
-
-@dataclass
-class ClusterConfig:
-    name: str = "local"
-    kind: str = "local"
-    environment: dict[str, str] = field(default_factory=dict)  # variables of every role
-    umask: str = "077"
-    attempts: int = 5  # of one slot without a record published in between
-    time_minutes: int = 1440  # wall time of an attempt
 
 
 @dataclass
@@ -319,7 +307,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.round_start.optimizer": ("keep", "reset"),
     "method.round_start.schedule": ("continue", "restart"),
     "trainer.recompute": ("none", "selective", "full"),
-    "cluster.kind": ("local",),
+    "cluster.kind": ("local", "slurm"),
+    "cluster.control": ("job", "login", "chain"),
+    "cluster.sidecar_in": ("own", "trainer"),
+    "cluster.preemption": ("none", "requeue", "cancel", "suspend"),
 }
 POSITIVE = (
     "data.max_prompt_tokens",
@@ -342,6 +333,10 @@ POSITIVE = (
     "inference.max_model_len",
     "inference.poll",
     "sidecar.poll",
+    "cluster.links",
+    "cluster.ranks_per_node",
+    "cluster.margin",
+    "cluster.query_timeout",
     "retention.checkpoints",
 )
 
@@ -370,6 +365,23 @@ def validate(config: Config) -> None:
         int(config.cluster.umask, 8)
     except ValueError:
         raise UserError(f"cluster.umask: expected an octal number such as 027, got {config.cluster.umask!r}") from None
+    for role in ROLES:
+        seconds = 60 * (request(config.cluster, role).time_minutes or 0)
+        if seconds <= 2 * config.cluster.margin and config.cluster.kind != "local":
+            raise UserError(
+                f"cluster.{role}.time_minutes: {seconds / 60:g} min leave too little beside cluster.margin="
+                f"{config.cluster.margin:g} s, in which a role saves before its wall time ends; expected more than twice that"
+            )
+    world = config.trainer.tensor * config.trainer.pipeline * config.trainer.data
+    if (
+        config.cluster.kind != "local"
+        and world > config.cluster.ranks_per_node
+        and world % config.cluster.ranks_per_node
+    ):
+        raise UserError(
+            f"{world} ranks = trainer.tensor {config.trainer.tensor} x pipeline {config.trainer.pipeline} x data "
+            f"{config.trainer.data} do not fill nodes of cluster.ranks_per_node={config.cluster.ranks_per_node}"
+        )
     method = config.method
     if method.shard_size % method.global_batch:
         raise UserError(

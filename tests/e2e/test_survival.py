@@ -6,16 +6,17 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tests.e2e.conftest import ROOT, SMALL, background, metaapo, wait_until
+from toolkit.cluster import JobRequest
 from toolkit.exchange import layout, lineage
 from toolkit.exchange.run import Run
 from toolkit.launch import snapshot
-from toolkit.launch.adapter import JobSpec
 from toolkit.launch.local import LocalAdapter, processes
+from toolkit.launch.supervise import specification
 
 
 def pid_of(run: Run, slot: str, number: int = 0) -> int:
@@ -40,7 +41,7 @@ def test_nothing_is_lost_or_doubled_whatever_dies(toy_world: Path, tmp_path: Pat
         "method.shard_size=32",
         "inference.workers=2",
         "inference.heartbeat=1",
-        "cluster.attempts=100",  # the sidecar dies more often than a run would put up with
+        "cluster.budgets.crash=100",  # the sidecar dies more often than a run would put up with
     )
     try:
         wait_until(lambda: (folder / "jobs/worker-001/0000.start.g0.json").exists())
@@ -116,21 +117,11 @@ def submit_second_trainer(run: Run) -> str:
         "operations": 0,
         "code": code,
         "progress": [],
+        "gpus": 0,
     }
     run.records.publish(layout.job("trainer", 1, "intent"), attributes)
-    LocalAdapter().submit(
-        JobSpec(
-            run.root,
-            "trainer",
-            1,
-            attempt,
-            snapshot.directory(run.root, code),
-            1,
-            sys.executable,
-            60,
-            {"OMP_NUM_THREADS": "1"},
-        )
-    )
+    job = specification(run.config, run.root, "trainer", 1, attempt, code)
+    LocalAdapter().submit(replace(job, request=JobRequest(time_minutes=60, environment={"OMP_NUM_THREADS": "1"})))
     return attempt
 
 

@@ -18,7 +18,7 @@ from toolkit.errors import UserError
 from toolkit.exchange import layout
 from toolkit.exchange.run import Run
 from toolkit.launch import snapshot
-from toolkit.launch.adapter import JobSpec, State
+from toolkit.launch.adapter import Job, JobSpec, State
 from toolkit.launch.preflight import preflight
 
 __all__ = ["make_config", "publish_pairs", "run"]
@@ -77,6 +77,7 @@ class MemoryAdapter:
     """The scheduler's side: jobs are what a test says they are."""
 
     jobs: dict[str, State] = field(default_factory=dict)
+    same_machine: bool = True
     submitted: list[JobSpec] = field(default_factory=list)
     killed: list[str] = field(default_factory=list)
 
@@ -86,8 +87,11 @@ class MemoryAdapter:
         self.submitted.append(job)
         return str(len(self.submitted))
 
-    def states(self, attempts: Collection[str]) -> dict[str, State]:
-        return {attempt: self.jobs.get(attempt, State.GONE) for attempt in attempts}
+    def look(self, attempts: Collection[str], since: float = 0.0) -> dict[str, Job]:
+        return {attempt: Job(self.jobs.get(attempt, State.GONE)) for attempt in attempts}
+
+    def room(self) -> int | None:
+        return None
 
     def cancel(self, attempts: Collection[str], kill: bool = False) -> None:
         self.killed += attempts if kill else []

@@ -100,7 +100,9 @@ def test_the_defaults_of_the_keys_are_the_recommended_ones() -> None:
 
 
 def test_overrides_win_over_the_files() -> None:
-    found = composed("experiment=quickstart", "method.rounds=7", "trainer.python=null", "inference.does=[evaluate]")
+    found = composed(
+        "experiment=quickstart", "method.rounds=7", "cluster.trainer.python=null", "inference.does=[evaluate]"
+    )
     assert (found.method.rounds, found.method.shard_size, found.inference.does) == (7, 64, ["evaluate"])
     assert found.name == "quickstart" and found.run == "/base/runs/quickstart"
 
@@ -154,15 +156,15 @@ def test_resume_changes_operations(run: Run) -> None:
             "inference.workers=3",
             "trainer.poll=1e-1",
             "cluster.umask=027",
-            "cluster.environment.OMP_NUM_THREADS=4",
-            "+cluster.environment.NCCL_DEBUG=WARN",
+            "cluster.jobs.environment.OMP_NUM_THREADS=4",
+            "+cluster.jobs.environment.NCCL_DEBUG=WARN",
             "inference.does=[sample, annotate]",
-            "trainer.python=/envs/trainer/bin/python",
+            "cluster.trainer.python=/envs/trainer/bin/python",
         ],
     )
     assert (found.inference.workers, found.trainer.poll, found.cluster.umask) == (3, 0.1, "027")
-    assert found.cluster.environment == {"OMP_NUM_THREADS": "4", "NCCL_DEBUG": "WARN"}
-    assert found.inference.does == ["sample", "annotate"] and found.trainer.python == "/envs/trainer/bin/python"
+    assert found.cluster.jobs.environment == {"OMP_NUM_THREADS": "4", "NCCL_DEBUG": "WARN"}
+    assert found.inference.does == ["sample", "annotate"] and found.cluster.trainer.python == "/envs/trainer/bin/python"
     assert found.method == run.config.method
     assert run.operations_version() == 0, "nothing is written yet"
 

@@ -12,12 +12,14 @@ import pytest
 from rich.console import Console
 
 from tests.launch.conftest import MemoryAdapter, World, make_config, publish_pairs
+from toolkit.cluster import JobRequest
 from toolkit.errors import UserError
 from toolkit.exchange.run import Run
 from toolkit.launch import control
 from toolkit.launch.adapter import JobSpec, State
+from toolkit.launch.attempts import attempts
 from toolkit.launch.local import processes
-from toolkit.launch.supervise import attempts
+from toolkit.launch.rehearsal import dry_run
 
 
 class Obedient(MemoryAdapter):
@@ -60,7 +62,7 @@ def test_cancel_closes_the_run_and_leaves_no_job(run: Run, scheduler: Obedient) 
     assert control.cancel(run) == 3
     assert run.closing().attributes["outcome"] == "cancelled"
     assert sorted(scheduler.asked) == sorted(job.attempt for job in scheduler.submitted) and not scheduler.killed
-    assert control.living(run) == []
+    assert control.living(run, control.adapter(run.config)) == []
     assert control.cancel(run) == 0, "again"
     control.tick(run)
     assert len(scheduler.submitted) == 3, "a later tick resurrects nothing"
@@ -94,19 +96,19 @@ def test_resume_waits_for_the_old_jobs_and_opens_the_next_incarnation(
 ) -> None:
     control.start(run)
     run.close("failed", "because")
-    changed = replace(run.config, cluster=replace(run.config.cluster, time_minutes=7))
+    changed = replace(run.config, cluster=replace(run.config.cluster, jobs=JobRequest(time_minutes=7)))
     assert control.resume(run, changed) == 1
-    assert control.living(run) == [] and scheduler.asked
+    assert control.living(run, control.adapter(run.config)) == [] and scheduler.asked
     assert run.operations_version() == 1
     control.tick(Run.open(run.root))
     assert [job.number for job in scheduler.submitted] == [0, 0, 0, 1, 1, 1]
-    assert scheduler.submitted[-1].time_minutes == 7
+    assert scheduler.submitted[-1].request.time_minutes == 7
 
 
 def test_resume_of_a_run_that_goes_on_lets_it_go_on(run: Run, scheduler: Obedient, quiet: None) -> None:
     control.start(run)
     assert control.resume(run, run.config) == 0
-    assert len(control.living(run)) == 3 and not scheduler.asked
+    assert len(control.living(run, control.adapter(run.config))) == 3 and not scheduler.asked
 
 
 def test_a_finished_run_is_not_resumed(run: Run, scheduler: Obedient, quiet: None) -> None:
@@ -119,7 +121,7 @@ def test_a_finished_run_is_not_resumed(run: Run, scheduler: Obedient, quiet: Non
 def test_a_resume_that_is_refused_changes_nothing(run: Run, scheduler: Obedient) -> None:
     run.close("cancelled", "by hand")
     with pytest.raises(UserError, match=r"data\.path"):  # what the run was made of is not there any more
-        control.resume(run, replace(run.config, cluster=replace(run.config.cluster, time_minutes=7)))
+        control.resume(run, replace(run.config, cluster=replace(run.config.cluster, jobs=JobRequest(time_minutes=7))))
     assert run.current_incarnation() == 0 and run.operations_version() == 0
 
 
@@ -145,7 +147,7 @@ def test_a_run_that_is_over_is_not_launched_again(world: World, outcome: str, ad
 
 def test_a_dry_run_says_what_would_be_and_writes_nothing(world: World) -> None:
     console = Console(file=io.StringIO(), width=400)
-    control.dry_run(world.config(inference={"workers": 2}, trainer={"tensor": 2}), console)
+    dry_run(world.config(inference={"workers": 2}, trainer={"tensor": 2}), console)
     text = console.file.getvalue()
     for words in ("trainer: 2 process", "sidecar: 1", "worker-001: 1", "M parameters", str(world.data.parent / "run")):
         assert words in text
@@ -165,7 +167,7 @@ def test_follow_shows_the_run_until_it_is_closed(run: Run, scheduler: Obedient) 
     timer.join()
     assert outcome == "cancelled" and len(shown) > 2
     assert [job["slot"] for job in shown[0]["jobs"]] == ["trainer", "sidecar", "worker-000"]
-    assert shown[-1]["outcome"] == "cancelled" and control.living(run) == []
+    assert shown[-1]["outcome"] == "cancelled" and control.living(run, control.adapter(run.config)) == []
     assert {job["outcome"] for job in shown[-1]["jobs"]} == {"died"}, "how they ended, not how they were"
 
 
@@ -175,7 +177,7 @@ def test_follow_tells_why_a_run_failed(run: Run, scheduler: Obedient) -> None:
     scheduler.end(run, "trainer", outcome="failed", kind="refused", error="UserError", message="no such folder")
     outcome, shown = follow(run)
     assert outcome == "failed" and "no such folder" in shown[-1]["reason"]
-    assert control.living(run) == []
+    assert control.living(run, control.adapter(run.config)) == []
 
 
 # ---------------------------------------------------------------------------------------------- for real

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,16 +12,25 @@ from pathlib import Path
 import pytest
 
 from tests.launch.conftest import make_config, publish_pairs
+from toolkit.cluster import ClusterConfig, JobRequest
 from toolkit.errors import UserError
 from toolkit.exchange import layout
 from toolkit.exchange.jobs import process_start
 from toolkit.exchange.run import Run
 from toolkit.launch import snapshot
 from toolkit.launch.adapter import JobSpec, State
+from toolkit.launch.attempts import Attempt, attempts, current
 from toolkit.launch.local import LocalAdapter, processes
-from toolkit.launch.supervise import Attempt, attempts, supervise
+from toolkit.launch.supervise import Supervisor
 
 Define = Callable[[str], None]
+
+
+def supervise(run: Run) -> list[Attempt]:
+    """Look at the run once. Returns what then stands for each slot."""
+    supervisor = Supervisor(run.root, run.attempt, LocalAdapter())
+    supervisor.supervise()
+    return [current(history) for history in supervisor.histories.values() if history]
 
 
 def wait_until(true: Callable[[], object], timeout: float = 60) -> None:
@@ -65,12 +73,12 @@ def log(run: Run, number: int = 0) -> str:
 
 def test_a_role_that_refuses_ends_the_run_with_its_sentence(run: Run, payload: Define) -> None:
     payload('raise UserError("model.policy: no such folder")')
-    (attempt,) = supervise(run, LocalAdapter())
+    (attempt,) = supervise(run)
     assert attempt.outcome == "pending"
     end = until_over(run).end.attributes
     assert (end["outcome"], end["kind"], end["message"]) == ("failed", "refused", "model.policy: no such folder")
     with pytest.raises(UserError, match=r"trainer stopped: model\.policy: no such folder"):
-        supervise(run, LocalAdapter())
+        supervise(run)
     assert len(attempts(run, "trainer")) == 1
     assert "model.policy: no such folder" in log(run)
 
@@ -78,7 +86,7 @@ def test_a_role_that_refuses_ends_the_run_with_its_sentence(run: Run, payload: D
 def test_all_ranks_play_and_one_speaks(run: Run, payload: Define) -> None:
     payload('(run.root / f"{slot}-{rank}-of-{size}").touch(); return "done"')
     run.set_operations(replace(run.config, trainer=replace(run.config.trainer, tensor=2)))
-    supervise(run, LocalAdapter())
+    supervise(run)
     assert until_over(run).outcome == "done"
     wait_until(lambda: len(list(run.root.glob("trainer-*"))) == 2)
     assert sorted(path.name for path in run.root.glob("trainer-*")) == ["trainer-0-of-2", "trainer-1-of-2"]
@@ -90,8 +98,8 @@ def test_a_job_has_a_session_an_environment_and_code_of_its_own(run: Run, payloa
         print("here:", os.getsid(0), os.getcwd(), toolkit.__file__, os.environ["COLOUR"], os.environ["PYTHONSAFEPATH"])
         return "done"
     """)
-    run.set_operations(replace(run.config, cluster=replace(run.config.cluster, environment={"COLOUR": "blue"})))
-    supervise(run, LocalAdapter())
+    run.set_operations(replace(run.config, cluster=ClusterConfig(jobs=JobRequest(environment={"COLOUR": "blue"}))))
+    supervise(run)
     until_over(run)
     (line,) = [line for line in log(run).splitlines() if line.startswith("here:")]
     _, session, _, package, colour, safe = line.split()
@@ -119,16 +127,19 @@ def started(run: Run) -> Attempt:
 def test_a_job_that_is_told_to_stop_saves_and_is_submitted_again(run: Run, payload: Define) -> None:
     payload(WAITS)
     local = LocalAdapter()
-    supervise(run, local)
+    Supervisor(run.root, run.attempt, local).supervise()
     first = started(run)
-    assert local.states([first.id, "nobody"]) == {first.id: State.RUNNING, "nobody": State.GONE}
+    assert {name: job.state for name, job in local.look([first.id, "nobody"]).items()} == {
+        first.id: State.RUNNING,
+        "nobody": State.GONE,
+    }
     local.cancel([first.id])
     assert until_over(run).outcome == "saved"
-    supervise(run, local)
+    Supervisor(run.root, run.attempt, local).supervise()
     assert started(run).number == 1
     run.close("cancelled", "by hand")
     assert until_over(run).outcome == "done"
-    supervise(run, local)
+    Supervisor(run.root, run.attempt, local).supervise()
     assert len(attempts(run, "trainer")) == 2
 
 
@@ -140,11 +151,11 @@ def test_a_killed_job_is_buried_with_all_its_processes(run: Run, payload: Define
             os.kill(os.getpid(), signal.SIGKILL)
         return "done"
     """)
-    supervise(run, LocalAdapter())
+    supervise(run)
     first = started(run)
     wait_until(lambda: process_start(first.start.attributes["pid"]) is None)
     assert processes([first.id])[first.id], "its child lives on"
-    supervise(run, LocalAdapter())
+    supervise(run)
     end = attempts(run, "trainer")[0].end.attributes
     assert (end["outcome"], end["kind"]) == ("died", "crash")
     wait_until(lambda: not processes([first.id])[first.id])
@@ -159,13 +170,13 @@ def test_a_job_that_ignores_everything_is_killed(run: Run, payload: Define) -> N
         time.sleep(300)
     """)
     local = LocalAdapter()
-    supervise(run, local)
+    Supervisor(run.root, run.attempt, local).supervise()
     job = started(run)
     local.cancel([job.id])
     time.sleep(0.5)
-    assert local.states([job.id])[job.id] is State.RUNNING
+    assert local.look([job.id])[job.id].state is State.RUNNING
     local.cancel([job.id], kill=True)
-    wait_until(lambda: local.states([job.id])[job.id] is State.GONE)
+    wait_until(lambda: local.look([job.id])[job.id].state is State.GONE)
 
 
 NAMES_ITSELF = "import setproctitle, time; setproctitle.setproctitle('VLLM::Worker'); print('playing', flush=True); time.sleep(300)"
@@ -181,7 +192,7 @@ def test_a_process_that_names_itself_is_found(run: Run, payload: Define) -> None
         return "saved"
     """)
     local = LocalAdapter()
-    supervise(run, local)
+    Supervisor(run.root, run.attempt, local).supervise()
     job = started(run)
     child = int((run.root / "child").read_text())
     try:
@@ -195,11 +206,11 @@ def test_a_process_that_names_itself_is_found(run: Run, payload: Define) -> None
 
 def test_a_paused_job_is_alive(run: Run, payload: Define) -> None:
     payload(WAITS)
-    supervise(run, LocalAdapter())
+    supervise(run)
     job = started(run)
     pid = job.start.attributes["pid"]
     os.kill(pid, signal.SIGSTOP)
-    supervise(run, LocalAdapter())
+    supervise(run)
     assert len(attempts(run, "trainer")) == 1 and not newest(run).over
     os.kill(pid, signal.SIGCONT)
     LocalAdapter().cancel([job.id])
@@ -215,7 +226,7 @@ def submit(run: Run, number: int, code: str) -> str:
     intent = {"attempt": attempt, "incarnation": 0, "code": code, "progress": []}
     run.records.publish(layout.job("trainer", number, "intent"), intent)
     folder = snapshot.directory(run.root, code)
-    LocalAdapter().submit(JobSpec(run.root, "trainer", number, attempt, folder, 1, sys.executable, 60))
+    LocalAdapter().submit(JobSpec(run.root, "trainer", number, attempt, folder, 1, 1, 0, JobRequest(time_minutes=60)))
     return attempt
 
 
@@ -242,7 +253,7 @@ def test_a_job_refuses_a_snapshot_that_was_edited(run: Run, payload: Define) -> 
 
 
 def test_an_interpreter_that_is_not_there_stops_the_run(run: Run, payload: Define) -> None:
-    run.set_operations(replace(run.config, trainer=replace(run.config.trainer, python="/no/such/python")))
+    run.set_operations(replace(run.config, cluster=ClusterConfig(trainer=JobRequest(python="/no/such/python"))))
     with pytest.raises(UserError, match=r"could not start trainer here: .*/no/such/python"):
-        supervise(run, LocalAdapter())
+        supervise(run)
     assert "/no/such/python" in run.closing().attributes["reason"]

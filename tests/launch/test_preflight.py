@@ -12,6 +12,7 @@ import pytest
 from tests.launch.conftest import World, model_folder
 from toolkit.launch.estimate import estimate, parameters, weight_bytes
 from toolkit.launch.preflight import preflight
+from toolkit.launch.rehearsal import planned_jobs
 
 
 def test_what_is_in_order_passes(world: World) -> None:
@@ -117,9 +118,10 @@ def test_the_estimate_counts_parameters_bytes_and_devices(world: World, tmp_path
         parameters(str(world.policy)) == 36
         and weight_bytes(str(world.policy)) == (world.policy / "model.safetensors").stat().st_size
     )
-    sentences = "\n".join(estimate(world.config(trainer={"tensor": 2, "data": 3}, cluster={"time_minutes": 30})))
+    config = world.config(trainer={"tensor": 2, "data": 3}, cluster={"jobs": {"time_minutes": 30}})
+    sentences = "\n".join(estimate(config, planned_jobs(config)))
     assert "3 rounds" in sentences and "6 for the trainer, 1 for inference" in sentences
-    assert "3.5 device-hours (0.5 h wall time)" in sentences
+    assert "3.5 GPU-hours (0.5 h wall time)" in sentences
 
 
 def test_a_login_node_needs_no_torch(world: World) -> None:
@@ -144,5 +146,5 @@ sys.exit(main(sys.argv[1:]))
         [sys.executable, "-c", source, "launch", "--dry-run", *overrides], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "trainer: 1 process(es)" in done.stdout and "worker-000" in done.stdout and "device-hours" in done.stdout
+    assert "trainer: 1 process(es)" in done.stdout and "worker-000" in done.stdout and "GPU-hours" in done.stdout
     assert not (world.data.parent / "run").exists(), "a dry run writes nothing"

@@ -10,13 +10,16 @@ import pytest
 
 from tests.exchange.conftest import answer, script
 from tests.launch.conftest import MemoryAdapter, make_config, publish_pairs
+from toolkit.cluster import JobRequest
 from toolkit.errors import UserError
 from toolkit.exchange import layout, lineage
 from toolkit.exchange.lineage import Progress
+from toolkit.exchange.records import Records
 from toolkit.exchange.run import Run
 from toolkit.launch import supervise as module
 from toolkit.launch.adapter import JobSpec, State
-from toolkit.launch.supervise import attempts, describe, progress, slots, supervise
+from toolkit.launch.attempts import Attempt, attempts, current, progress, slots
+from toolkit.launch.supervise import Supervisor
 
 SLOTS = ["trainer", "sidecar", "worker-000"]
 
@@ -59,6 +62,13 @@ def test_the_configuration_decides_which_roles_exist(tmp_path, groups: dict, exp
 # ---------------------------------------------------------------------------------------------- submission
 
 
+def supervise(run: Run, scheduler: MemoryAdapter) -> list[Attempt]:
+    """What a process does that has just come and knows nothing. Returns what then stands for each slot."""
+    supervisor = Supervisor(run.root, run.attempt, scheduler)
+    supervisor.supervise()
+    return [current(history) for history in supervisor.histories.values() if history]
+
+
 def test_every_role_is_submitted_once(run: Run, scheduler: MemoryAdapter) -> None:
     newest = supervise(run, scheduler)
     assert [attempt.slot for attempt in newest] == SLOTS
@@ -74,15 +84,18 @@ def test_every_role_is_submitted_once(run: Run, scheduler: MemoryAdapter) -> Non
 
 def test_a_job_is_described_for_the_scheduler(tmp_path, scheduler: MemoryAdapter) -> None:
     groups = {
-        "trainer": {"tensor": 2, "pipeline": 3, "python": "/envs/trainer/bin/python"},
-        "cluster": {"time_minutes": 7, "environment": {"A": "b"}},
+        "trainer": {"tensor": 2, "pipeline": 3},
+        "cluster": {
+            "jobs": {"time_minutes": 7, "environment": {"A": "b"}},
+            "trainer": {"python": "/envs/trainer/bin/python"},
+        },
     }
     run = Run.create(tmp_path, make_config(tmp_path, **groups), "test")
     publish_pairs(run)
     supervise(run, scheduler)
     trainer, worker = scheduler.newest("trainer"), scheduler.newest("worker-000")
-    assert (trainer.tasks, trainer.python, trainer.time_minutes) == (6, "/envs/trainer/bin/python", 7)
-    assert (worker.tasks, worker.environment, worker.number, worker.root) == (1, {"A": "b"}, 0, tmp_path)
+    assert (trainer.tasks, trainer.request.python, trainer.request.time_minutes) == (6, "/envs/trainer/bin/python", 7)
+    assert (worker.tasks, worker.request.environment, worker.number, worker.root) == (1, {"A": "b"}, 0, tmp_path)
     assert (worker.code / "toolkit" / "cli.py").is_file() and worker.code.is_relative_to(tmp_path)
     intent = attempts(run, "trainer")[0].intent.attributes
     assert intent["attempt"] == trainer.attempt and intent["code"] == trainer.code.name
@@ -106,10 +119,13 @@ def test_a_dead_client_leaves_an_attempt_that_is_given_up(run: Run, scheduler: M
     assert submitted(scheduler)["trainer"] == 1
 
 
-def test_an_attempt_that_was_given_up_does_not_start(run: Run, scheduler: MemoryAdapter, patience) -> None:
+@pytest.mark.parametrize("state", [State.GONE, State.UNKNOWN])
+def test_an_attempt_that_was_given_up_does_not_start(
+    run: Run, scheduler: MemoryAdapter, patience, state: State
+) -> None:
     supervise(run, scheduler)
     job = scheduler.newest("trainer")
-    scheduler.jobs[job.attempt] = State.GONE  # so the scheduler says, which has forgotten it
+    scheduler.jobs[job.attempt] = state  # so the scheduler says, which has forgotten it
     patience()
     supervise(run, scheduler)
     assert outcomes(run, "trainer") == ["voided", "pending"]
@@ -118,7 +134,7 @@ def test_an_attempt_that_was_given_up_does_not_start(run: Run, scheduler: Memory
     assert not won and late.attributes["kind"] == "voided"
 
 
-@pytest.mark.parametrize("state", [State.PENDING, State.UNKNOWN, State.RUNNING])
+@pytest.mark.parametrize("state", [State.PENDING, State.RUNNING])
 def test_patience_is_only_lost_with_what_is_known_to_be_gone(
     run: Run, scheduler: MemoryAdapter, patience, state: State
 ) -> None:
@@ -232,7 +248,7 @@ def die(run: Run, scheduler: MemoryAdapter, times: int, slot: str = "trainer", *
 
 
 def test_deaths_without_progress_have_a_budget(run: Run, scheduler: MemoryAdapter) -> None:
-    budget = run.config.cluster.attempts
+    budget = run.config.cluster.budgets.crash
     die(run, scheduler, budget - 1, **CRASH)
     die(run, scheduler, 1)
     with pytest.raises(UserError) as error:
@@ -240,14 +256,14 @@ def test_deaths_without_progress_have_a_budget(run: Run, scheduler: MemoryAdapte
     text = str(error.value)
     assert f"trainer died {budget} times without a record published in between" in text
     assert f"{budget} x crash" in text
-    assert "its process is gone" in text and f"{run.root}/logs/trainer" in text and "metaapo resume" in text
+    assert "its process is gone" in text and "metaapo explain" in text and "metaapo resume" in text
     assert "None" not in text
     assert submitted(scheduler)["trainer"] == budget
     assert run.closing().attributes["reason"] == text
 
 
 def test_progress_restores_the_budget(run: Run, scheduler: MemoryAdapter) -> None:
-    budget = run.config.cluster.attempts
+    budget = run.config.cluster.budgets.crash
     for _ in range(3):
         die(run, scheduler, budget - 1, **CRASH)
         advance(run)
@@ -258,7 +274,7 @@ def test_progress_restores_the_budget(run: Run, scheduler: MemoryAdapter) -> Non
 
 def test_attempts_that_end_well_are_no_deaths(run: Run, scheduler: MemoryAdapter) -> None:
     """Many deaths, each with progress after it, and then a long preemption storm."""
-    budget = run.config.cluster.attempts
+    budget = run.config.cluster.budgets.crash
     for _ in range(budget):
         die(run, scheduler, 1, **CRASH)
         advance(run)
@@ -268,7 +284,7 @@ def test_attempts_that_end_well_are_no_deaths(run: Run, scheduler: MemoryAdapter
 
 
 def test_deaths_among_attempts_that_end_well_are_counted(run: Run, scheduler: MemoryAdapter) -> None:
-    for _ in range(run.config.cluster.attempts - 1):
+    for _ in range(run.config.cluster.budgets.crash - 1):
         die(run, scheduler, 1, **CRASH)
         die(run, scheduler, 1, outcome="saved")
     die(run, scheduler, 1, **CRASH)
@@ -280,10 +296,10 @@ def test_attempts_that_never_start_have_a_budget_too(run: Run, scheduler: Memory
     """A job that dies before it can leave a word: a broken environment, another package in front."""
     patience()
     with pytest.raises(UserError, match="never started"):
-        for _ in range(2 * run.config.cluster.attempts):
+        for _ in range(2 * run.config.cluster.budgets.unknown):
             supervise(run, scheduler)
             scheduler.jobs[scheduler.newest("trainer").attempt] = State.GONE
-    assert submitted(scheduler)["trainer"] == run.config.cluster.attempts
+    assert submitted(scheduler)["trainer"] == run.config.cluster.budgets.unknown
 
 
 def test_a_job_that_cannot_be_submitted_stops_the_run(run: Run) -> None:
@@ -319,7 +335,7 @@ def test_a_cancelled_run_is_not_resurrected(run: Run, scheduler: MemoryAdapter, 
     for slot in SLOTS:
         scheduler.jobs[scheduler.newest(slot).attempt] = State.GONE
     newest = supervise(run, scheduler)
-    assert {entry["slot"]: entry["outcome"] for entry in describe(newest)} == {
+    assert {attempt.slot: attempt.outcome for attempt in newest} == {
         "trainer": "died",
         "sidecar": "voided",
         "worker-000": "voided",
@@ -328,15 +344,18 @@ def test_a_cancelled_run_is_not_resurrected(run: Run, scheduler: MemoryAdapter, 
     assert submitted(scheduler) == dict.fromkeys(SLOTS, 1)
 
 
-def test_a_run_cancelled_between_intent_and_submission_submits_nothing(run: Run, scheduler: MemoryAdapter) -> None:
-    real = run.records.publish
+def test_a_run_cancelled_between_intent_and_submission_submits_nothing(
+    run: Run, scheduler: MemoryAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Records.publish
 
-    def publish(ref, *arguments, **named):
-        done = real(ref, *arguments, **named)
-        run.close("cancelled", "at the worst moment")
+    def publish(self, ref, *arguments, **named):
+        done = real(self, ref, *arguments, **named)
+        if ref.name.endswith("intent"):
+            run.close("cancelled", "at the worst moment")
         return done
 
-    run.records.publish = publish
+    monkeypatch.setattr(Records, "publish", publish)
     supervise(run, scheduler)
     assert not scheduler.submitted
     assert outcomes(run, "trainer") == ["pending"]
@@ -358,7 +377,7 @@ def test_resume_opens_the_next_incarnation_and_starts_afresh(run: Run, scheduler
 
 
 def test_the_budget_is_of_one_incarnation(run: Run, scheduler: MemoryAdapter) -> None:
-    budget = run.config.cluster.attempts
+    budget = run.config.cluster.budgets.crash
     die(run, scheduler, budget, **CRASH)
     with pytest.raises(UserError):
         supervise(run, scheduler)
@@ -370,10 +389,10 @@ def test_the_budget_is_of_one_incarnation(run: Run, scheduler: MemoryAdapter) ->
 
 def test_new_operations_hold_for_the_next_attempt(run: Run, scheduler: MemoryAdapter) -> None:
     supervise(run, scheduler)
-    run.set_operations(replace(run.config, cluster=replace(run.config.cluster, time_minutes=99)))
+    run.set_operations(replace(run.config, cluster=replace(run.config.cluster, jobs=JobRequest(time_minutes=99))))
     scheduler.end(run, "trainer", outcome="saved")
     supervise(run, scheduler)
-    assert scheduler.newest("trainer").time_minutes == 99
+    assert scheduler.newest("trainer").request.time_minutes == 99
     assert attempts(run, "trainer")[1].intent.attributes["operations"] == 1
 
 
@@ -386,8 +405,8 @@ from pathlib import Path
 from toolkit.errors import UserError
 from toolkit.exchange import layout
 from toolkit.exchange.run import Run
-from toolkit.launch.adapter import State
-from toolkit.launch.supervise import supervise
+from toolkit.launch.adapter import Job, State
+from toolkit.launch.supervise import Supervisor
 
 root, who = Path(sys.argv[1]), sys.argv[2]
 submitted = []
@@ -398,15 +417,19 @@ class Adapter:
         facts = {"kind": "started", "job": "1", "host": "n1", "boot_id": "b", "pid": 1, "process_start": "1"}
         Run.open(root, job.attempt).records.publish(layout.job(job.slot, job.number, "start"), facts)
         return "1"
-    def states(self, attempts):
-        return dict.fromkeys(attempts, State.GONE)
+    same_machine = False
+    def look(self, attempts, since):
+        return dict.fromkeys(attempts, Job(State.GONE))
+    def room(self):
+        return None
     def cancel(self, attempts, kill=False):
         raise AssertionError("there is nothing to kill")
 
 run = Run.open(root, who)
 try:
+    supervisor = Supervisor(root, who, Adapter())
     for _ in range(100):
-        supervise(run, Adapter())
+        supervisor.supervise()
 except UserError as error:
     reason = str(error)
 while run.closing() is None:
@@ -423,5 +446,5 @@ def test_supervisors_side_by_side_act_once_per_decision(run: Run) -> None:
     assert set(numbers.values()) == {1}, "an attempt was submitted twice"
     recorded = {(slot, a.number, a.id) for slot in SLOTS for a in attempts(run, slot)}
     assert set(submitted) <= recorded
-    assert max(Counter(slot for slot, _, _ in submitted).values()) == run.config.cluster.attempts
+    assert max(Counter(slot for slot, _, _ in submitted).values()) == run.config.cluster.budgets.crash
     assert len(recorded - set(submitted)) <= 2, "at most those whose submission the end of the run prevented"

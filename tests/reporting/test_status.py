@@ -23,7 +23,7 @@ def shown(found: dict, width: int = 80) -> str:
 
 
 def test_a_run_that_is_not_prepared(sketch: Sketch) -> None:
-    found = status.collect(sketch.reopen(), [])
+    found = status.collect(sketch.reopen(), {})
     assert found["steps"] is None and found["rounds"] == [] and found["outcome"] is None
     assert "not prepared yet" in shown(found)
     assert status.line(found) == "preparing"
@@ -32,7 +32,7 @@ def test_a_run_that_is_not_prepared(sketch: Sketch) -> None:
 
 
 def test_stages_of_every_round(halfway: Sketch) -> None:
-    found = status.collect(halfway.reopen(), [])
+    found = status.collect(halfway.reopen(), {})
     stages = [[entry[name] for name in terminal.STAGES] for entry in found["rounds"]]
     # the warm start is trained only; in round 1 nothing was asked of the second shard, so it counts as annotated
     assert stages == [[0, 0, 0, 0, 1], [2, 2, 2, 2, 2], [1, 1, 1, 0, 0]]
@@ -45,7 +45,7 @@ def test_stages_of_every_round(halfway: Sketch) -> None:
 
 
 def test_evaluations_and_their_win_rate(halfway: Sketch) -> None:
-    first, second = status.collect(halfway.reopen(), [])["evaluations"]
+    first, second = status.collect(halfway.reopen(), {})["evaluations"]
     assert (first["version"], first["reward"], first["win_rate"]) == (0, 1.5, 0.5)
     # 1 > 0, 1 = 1, 1 < 2, 5 > 3
     assert (second["reward"], second["win_rate"], second["metrics"]) == (2.0, (1 + 0.5 + 0 + 1) / 4, {"gold": 0.5})
@@ -56,20 +56,20 @@ def test_a_policy_evaluated_before_the_initial_one_gets_its_win_rate_later(sketc
     sketch.policy(0)
     sketch.policy(1)
     sketch.evaluation(1, [2.0, 2.0, 0.0, 0.0], [0.0] * 4)
-    before = status.collect(sketch.reopen(), [])
+    before = status.collect(sketch.reopen(), {})
     assert before["evaluations"][0]["win_rate"] is None
     sketch.evaluation(0, [1.0, 1.0, 1.0, 1.0], [0.0] * 4)
-    after = status.collect(sketch.reopen(), [], before)
+    after = status.collect(sketch.reopen(), {}, before)
     assert [entry["win_rate"] for entry in after["evaluations"]] == [0.5, 0.5]
 
 
 def test_the_previous_status_gives_the_same_and_saves_looking(halfway: Sketch, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = status.collect(halfway.reopen(), [])
+    whole = status.collect(halfway.reopen(), {})
     halfway.annotations(2, 0, {"r2-0": "pair"})
     looked: list[Ref] = []
     find = Records.find
     monkeypatch.setattr(Records, "find", lambda self, ref: (looked.append(ref), find(self, ref))[1])
-    following = status.collect(halfway.reopen(), [], json.loads(json.dumps(whole)))
+    following = status.collect(halfway.reopen(), {}, json.loads(json.dumps(whole)))
     of_rounds = {str(ref) for ref in looked if ref.directory.startswith("rounds/")}
     # round 1 is done; of round 2 the next score, the next request and the one open shard are looked at
     assert of_rounds == {
@@ -78,7 +78,7 @@ def test_the_previous_status_gives_the_same_and_saves_looking(halfway: Sketch, m
         str(layout.annotations(2, 0)),
     }
     assert following["rounds"][2]["annotated"] == 1
-    assert following == status.collect(halfway.reopen(), [])
+    assert following == status.collect(halfway.reopen(), {})
 
 
 def test_looking_goes_on_beyond_the_window_and_past_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_looking_goes_on_beyond_the_window_and_past_a_gap(tmp_path: Path, monkey
         many.requests(1, shard, [True, False, False, False])
         if shard != 4:
             many.annotations(1, shard, {f"r1-{4 * shard}": "pair"})
-    entry = status.collect(many.reopen(), [])["rounds"][1]
+    entry = status.collect(many.reopen(), {})["rounds"][1]
     assert (entry["sampled"], entry["annotated"], entry["settled"]["annotated"][0]) == (9, 9, 4)
     assert entry["outcomes"] == {"pair": 9}
 
@@ -121,7 +121,7 @@ def test_pace_of_the_newest_attempt(halfway: Sketch) -> None:
     halfway.metrics("trainer", "bbb", [*lines, {"time": 107.0, "kind": "step", "step": 8, "stepped": False}])
     with (halfway.root / "metrics" / "trainer.bbb.jsonl").open("a") as file:
         file.write('{"time": 108.0, "kind": "st')  # torn
-    found = status.collect(halfway.reopen(), [])
+    found = status.collect(halfway.reopen(), {})
     assert found["steps"]["done"] == 9
     assert found["tokens_per_second"] == 200.0  # 2 x 100 tokens in 2 x 0.5 s
     assert found["seconds_left"] == pytest.approx((107 - 100) / 3)  # one step left, 3 took 7 s
@@ -149,7 +149,7 @@ def test_a_gate_without_variance_is_flagged(tmp_path: Path, kind: str, s: list, 
     run.policy(0)
     run.policy(1)
     run.requests(1, 0, [True] * 4, s, w)
-    found = status.collect(run.reopen(), [])
+    found = status.collect(run.reopen(), {})
     assert found["rounds"][1]["flat"] is flat
     assert bool(found["warnings"]) is bool(flat)
 
@@ -157,7 +157,7 @@ def test_a_gate_without_variance_is_flagged(tmp_path: Path, kind: str, s: list, 
 def test_a_damaged_record_is_a_warning(halfway: Sketch) -> None:
     path = halfway.run.records.require(layout.evaluation(1)).path
     path.write_bytes(path.read_bytes().replace(b'"version": 1', b'"version": 7'))
-    found = status.collect(halfway.reopen(), [])
+    found = status.collect(halfway.reopen(), {})
     assert [entry["version"] for entry in found["evaluations"]] == [0]
     assert any("evaluations/0001" in warning for warning in found["warnings"])
     shown(found)
@@ -169,18 +169,18 @@ def test_outcome_and_jobs(finished: Sketch) -> None:
         {"slot": f"worker-{n:03d}", "number": 0, "attempt": "x", "outcome": "running", "message": None}
         for n in range(9)
     ]
-    found = status.collect(finished.reopen(), jobs)
+    found = status.collect(finished.reopen(), {"jobs": jobs})
     assert found["outcome"] == "finished" and found["seconds_left"] is None
     assert json.loads(json.dumps(found)) == found
     text = shown(found)
     assert "finished" in text and "trainer (attempt 2) failed" in text and "no [disk]" in text
     assert "9 workers 9 running" in text and "worker-003" not in text
     assert status.line(found).startswith("finished: ")
-    assert status.collect(finished.reopen(), [], found)["jobs"] == jobs
+    assert status.collect(finished.reopen(), {}, found)["jobs"] == jobs
 
 
 def test_the_table_fits_80_columns(halfway: Sketch) -> None:
-    text = shown(status.collect(halfway.reopen(), []))
+    text = shown(status.collect(halfway.reopen(), {}))
     [start, warm, one, two] = [line for line in text.splitlines() if line[:5].strip() in ("start", "0", "1", "2")]
     assert start.split() == ["start", "1.500", "50%", "0.250"]
     assert warm.split() == ["0", "4", "–", "–", "–", "–", "1/1", "2.000", "62%", "0.500"]
@@ -190,13 +190,13 @@ def test_the_table_fits_80_columns(halfway: Sketch) -> None:
 
 
 def test_the_line_changes_with_what_got_done(halfway: Sketch) -> None:
-    before = status.collect(halfway.reopen(), [])
+    before = status.collect(halfway.reopen(), {})
     assert status.line(before) == (
         "round 2 of 0-2 | scored 1/2 requested 1/2 sampled 1/2 annotated 0/2 trained 0/2 | "
         "policy 1: reward 2.000 win rate 0.625 gold 0.500"
     )
     halfway.annotations(2, 0, {"r2-0": "pair"})
-    assert "annotated 1/2" in status.line(status.collect(halfway.reopen(), [], before))
+    assert "annotated 1/2" in status.line(status.collect(halfway.reopen(), {}, before))
 
 
 def test_showing_a_status_needs_neither_arrow_nor_torch() -> None:

@@ -93,16 +93,16 @@ def test_a_scheduler_that_fails_is_asked_again(
     class Flaky(MemoryAdapter):
         asked = 0
 
-        def states(self, attempts):
+        def look(self, attempts, since):
             self.asked += 1
             if self.asked in (1, 2, 3):
                 raise error
-            return super().states(attempts)
+            return super().look(attempts, since)
 
     scheduler = Flaky()
     sidecar = Sidecar(trainer, scheduler, monkeypatch)
-    sidecar.until(lambda: len(scheduler.submitted) == 3)
-    assert scheduler.asked > 3
+    sidecar.until(lambda: scheduler.asked > 3)
+    assert len(scheduler.submitted) == 3
     sidecar.stop.set()
     assert sidecar.end() == "saved"
 
@@ -111,7 +111,7 @@ def test_a_scheduler_that_hangs_holds_nothing_up(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     class Hangs(MemoryAdapter):
-        def states(self, attempts):
+        def look(self, attempts, since):
             threading.Event().wait()
 
     sidecar = Sidecar(trainer, Hangs(), monkeypatch)

@@ -19,12 +19,15 @@ from toolkit.exchange import filesystem, layout
 from toolkit.exchange.records import Manifest, Records
 
 
-def newest(records: Records, slot: str) -> tuple[int, Manifest] | None:
-    """Number and intent of a slot's newest attempt."""
+def newest_started(records: Records, slot: str) -> Manifest | None:
+    """The intent of a slot's newest attempt that started."""
     number, found = 0, None
     while (intent := records.find(layout.job(slot, number, "intent"))) is not None:
-        number, found = number + 1, intent
-    return None if found is None else (number - 1, found)
+        start = records.find(layout.job(slot, number, "start"))
+        if start is not None and start.attributes["kind"] == "started":
+            found = intent
+        number += 1
+    return found
 
 
 def process_start(pid: int) -> str | None:
@@ -79,6 +82,21 @@ class Heartbeat:
         filesystem.replace(path, json.dumps(body).encode())
 
 
+def claims(root: Path, slot: str, attempt: str) -> list[str]:
+    """What an attempt last said it was working on."""
+    beat = last_beat(root, slot)
+    return list(beat[2]) if beat is not None and beat[0] == attempt else []
+
+
+def last_beat(root: Path, slot: str) -> tuple[str, int, list[str]] | None:
+    """Attempt, counter and claims of a slot's heartbeat; None if there is none that can be read."""
+    try:
+        body = json.loads((root / "heartbeats" / f"{slot}.json").read_bytes())
+        return str(body["attempt"]), int(body["counter"]), list(body["working_on"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # there is none, it is being replaced, or it is not ours
+
+
 @dataclass
 class Observer:
     """Watches the heartbeats of others on this process's own monotonic clock."""
@@ -89,20 +107,18 @@ class Observer:
 
     def claimed(self, except_slot: str) -> set[str]:
         """What the slots that seem alive, this one excepted, say they are working on."""
-        directory, claims = self.root / "heartbeats", set()
+        directory, found = self.root / "heartbeats", set()
         if not filesystem.refresh(directory):
             return set()
         for path in directory.glob("*.json"):
             if path.stem == except_slot:
                 continue
-            try:
-                body = json.loads(path.read_bytes())
-                mark = (body["attempt"], body["counter"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # being replaced, or not ours
-            now = time.monotonic()
+            beat = last_beat(self.root, path.stem)
+            if beat is None:
+                continue
+            mark, now = beat[:2], time.monotonic()
             if self.seen.get(path.stem, (None, 0.0))[0] != mark:
                 self.seen[path.stem] = (mark, now)
             if now - self.seen[path.stem][1] < self.patience:
-                claims |= set(body["working_on"])
-        return claims
+                found |= set(beat[2])
+        return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -246,7 +248,7 @@ class Run:
 
 
 def resolved(config: Config, base: Path) -> Config:
-    """``config`` with its local paths made absolute, so that jobs started elsewhere find them. Hub ids stay as they are."""
+    """``config`` as jobs started elsewhere need it: local paths absolute, this interpreter named. Hub ids stay as they are."""
 
     def absolute(path: str | None) -> str | None:
         if path is None or (not (base / Path(path).expanduser()).exists() and not path.startswith((".", "/", "~"))):
@@ -265,6 +267,10 @@ def resolved(config: Config, base: Path) -> Config:
             config.evaluation,
             reward=absolute(config.evaluation.reward),
             metrics={name: replace(m, file=absolute(m.file) or "") for name, m in config.evaluation.metrics.items()},
+        ),
+        cluster=replace(
+            config.cluster,
+            jobs=replace(config.cluster.jobs, python=config.cluster.jobs.python or shlex.quote(sys.executable)),
         ),
         run=str((base / Path(config.run).expanduser()).absolute()),
         replay_from=absolute(config.replay_from),

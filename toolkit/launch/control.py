@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,11 @@ from toolkit.config import Config
 from toolkit.errors import UserError
 from toolkit.exchange import hints, layout
 from toolkit.exchange.run import Run
-from toolkit.launch.adapter import adapter
+from toolkit.launch.adapter import Adapter, State, Unavailable, adapter
+from toolkit.launch.attempts import Attempt, attempts, known_slots, slots
 from toolkit.launch.preflight import preflight
 from toolkit.launch.replay import import_records
-from toolkit.launch.supervise import attempts, slots
+from toolkit.launch.supervise import submit
 from toolkit.launch.tick import Tick
 from toolkit.reporting import status
 
@@ -69,15 +69,35 @@ def prepare(run: Run, console: Console) -> None:
 
 
 def tick(run: Run) -> None:
-    """Do once what keeps a run going."""
+    """Do once what keeps a run going.
+
+    Raises:
+        Unavailable: the scheduler does not answer; what the records alone decide is done.
+    """
     ticking = Tick(run, adapter(run.config))
-    ticking.supervise()
-    ticking.advance()
+    try:
+        ticking.supervise()
+    finally:
+        ticking.advance()
 
 
 def start(run: Run) -> None:
-    """Submit the roles and return."""
+    """Submit the roles and return; with ``cluster.control=chain`` all their attempts, each waiting for the one before."""
     tick(run)
+    if run.config.cluster.control == "chain" and run.config.cluster.kind != "local":
+        _chain(run)
+
+
+def _chain(run: Run) -> None:
+    scheduler, incarnation = adapter(run.config), run.current_incarnation()
+    assert incarnation is not None
+    for slot in slots(run.config):
+        last = attempts(run, slot)[-1]
+        before = scheduler.look([last.id], last.intent.written)[last.id].id
+        for number in range(last.number + 1, last.number + run.config.cluster.links):
+            if before is None:
+                raise UserError(f"{slot}: only {number} links are queued, as it is unclear whether Slurm took the last")
+            before = submit(run, scheduler, slot, number, incarnation, after=before)
 
 
 def follow(run: Run, show: Callable[[dict], None], every: float = 1.0) -> str:
@@ -90,19 +110,28 @@ def follow(run: Run, show: Callable[[dict], None], every: float = 1.0) -> str:
     supervised = -1e9
     while True:
         if time.monotonic() - supervised >= run.config.sidecar.supervise:
-            with contextlib.suppress(UserError):  # the run is closed with the reason, which is shown below
-                ticking.supervise()
+            _supervise(ticking)
             supervised = time.monotonic()
         ticking.advance()
         show(hints.status(run.root))
         closing = run.closing()
         if closing is not None:
             wait_for_roles(run, CANCEL_PATIENCE)
-            ticking.supervise()
+            _supervise(ticking)
             ticking.advance()
             show(hints.status(run.root))
             return str(closing.attributes["outcome"])
         time.sleep(every)
+
+
+def _supervise(ticking: Tick) -> None:
+    with contextlib.suppress(Unavailable):  # asked again at the next turn
+        try:
+            ticking.supervise()
+        except UserError:
+            if ticking.run.closing() is None:
+                raise
+            # the run is closed with the reason, which is shown
 
 
 def follow_live(run: Run, console: Console) -> str:
@@ -123,49 +152,36 @@ def follow_live(run: Run, console: Console) -> str:
         return follow(run, lambda found: live.update(status.render(found, 0.0)))
 
 
-def dry_run(config: Config, console: Console) -> None:
-    """Say what a launch would start and write; start nothing."""
-    from toolkit.launch.estimate import estimate
+def living(run: Run, scheduler: Adapter) -> list[str]:
+    """Ids of this run's attempts that may still have processes or wait in a queue.
 
-    configuration.validate(config)
-    preflight(config)
-    console.print(f"run directory: {config.run}" + (" (exists)" if Path(config.run).exists() else ""), soft_wrap=True)
-    for job in planned_jobs(config):
-        console.print(f"  {job}", soft_wrap=True)
-    for sentence in estimate(config):
-        console.print(sentence, soft_wrap=True)
-
-
-def planned_jobs(config: Config) -> list[str]:
-    """A line a job that a launch would start."""
-    lines = []
-    for slot in slots(config):
-        tasks = config.trainer.tensor * config.trainer.pipeline * config.trainer.data if slot == "trainer" else 1
-        role = {"trainer": config.trainer, "sidecar": config.sidecar}.get(slot, config.inference)
-        python = role.python or sys.executable
-        lines.append(
-            f"{slot}: {tasks} process(es), {python} -u -m submitit.core._submit {config.run}/logs/{slot}/0000-<attempt>"
-        )
-    return lines
+    Raises:
+        Unavailable: the scheduler does not answer.
+    """
+    every = [a for slot in dict.fromkeys([*slots(run.config), *known_slots(run)]) for a in _recent(attempts(run, slot))]
+    if not every:
+        return []
+    found = scheduler.look([a.id for a in every], min(a.intent.written for a in every))
+    return [name for name, job in found.items() if job.state in (State.PENDING, State.RUNNING)]
 
 
-def living(run: Run) -> list[str]:
-    """Ids of this run's attempts that may still have processes."""
-    every = [attempt for slot in slots(run.config) for attempt in attempts(run, slot)[-2:]]
-    states = adapter(run.config).states([attempt.id for attempt in every])
-    return [name for name, state in states.items() if state.value in ("pending", "running")]
+def _recent(history: list[Attempt]) -> list[Attempt]:
+    """Attempts that are not over, and the last two, of which ranks may be left."""
+    return [attempt for attempt in history if not attempt.over or attempt.number >= len(history) - 2]
 
 
 def wait_for_roles(run: Run, patience: float) -> None:
     """Wait until no attempt of the run is left; those that do not leave in time are killed."""
-    scheduler, deadline = adapter(run.config), time.monotonic() + patience
-    while left := living(run):
+    scheduler, deadline, pause = adapter(run.config), time.monotonic() + patience, 0.5
+    while left := living(run, scheduler):
         scheduler.cancel(left, kill=time.monotonic() > deadline)
         if time.monotonic() > deadline + 60:
             raise UserError(
                 f"{len(left)} attempt(s) of {run.root} do not end although they were killed: {', '.join(left)}"
             )
-        time.sleep(0.5)
+        time.sleep(pause)
+        if run.config.cluster.kind != "local":
+            pause = min(10.0, 1.5 * pause)  # politely
 
 
 def cancel(run: Run) -> int:
@@ -173,12 +189,18 @@ def cancel(run: Run) -> int:
 
     Returns:
         How many attempts were living.
+
+    Raises:
+        Unavailable: the run is closed, so its jobs leave by themselves, but the scheduler does not say whether any is left.
     """
     run.require_owner()
     if run.closing() is None:
         run.close("cancelled", "metaapo cancel")
-    found = len(living(run))
+    found = len(living(run, adapter(run.config)))
     wait_for_roles(run, CANCEL_PATIENCE)
+    ticking = Tick(run, adapter(run.config))  # records how they ended, and shows it
+    ticking.supervise()
+    ticking.advance()
     return found
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit.config import Config
+from toolkit.launch.adapter import JobSpec
 
 
 def weight_bytes(folder: str) -> int:
@@ -28,7 +30,7 @@ def parameters(folder: str) -> int:
     return count
 
 
-def estimate(config: Config) -> list[str]:
+def estimate(config: Config, jobs: Sequence[JobSpec]) -> list[str]:
     """Sentences about disk space and processes."""
     count = parameters(config.model.policy)
     width = 4 if config.model.dtype == "float32" else 2
@@ -37,14 +39,21 @@ def estimate(config: Config) -> list[str]:
     rounds = len(config.gated)
     kept_policies = min(rounds + 1, config.retention.policies + 2)
     peak = checkpoint * (config.retention.checkpoints + 1) + policy * kept_policies
-    trainer = config.trainer
-    devices = trainer.tensor * trainer.pipeline * trainer.data
-    workers = config.inference.workers * config.inference.tensor_parallel if config.needs_workers else 0
-    bound = config.cluster.time_minutes / 60
     return [
         f"{count / 1e6:,.1f} M parameters; {rounds} rounds",
         f"disk: a checkpoint {checkpoint / 2**30:.2f} GiB, a policy {policy / 2**30:.2f} GiB, at most {peak / 2**30:.2f} GiB at a time "
         f"(retention.checkpoints={config.retention.checkpoints}, retention.policies={config.retention.policies})",
-        f"devices: {devices} for the trainer, {workers} for inference; one attempt of each is bounded by "
-        f"{(devices + workers) * bound:,.1f} device-hours ({bound:g} h wall time)",
+        _bound(jobs),
     ]
+
+
+def _bound(jobs: Sequence[JobSpec]) -> str:
+    """What one attempt of each job may cost at most."""
+    hours = sum(job.nodes * job.gpus_per_node * (job.request.time_minutes or 0) / 60 for job in jobs)
+    trainer = sum(job.nodes * job.gpus_per_node for job in jobs if job.slot == "trainer")
+    others = sum(job.nodes * job.gpus_per_node for job in jobs if job.slot != "trainer")
+    longest = max((job.request.time_minutes or 0) / 60 for job in jobs)
+    return (
+        f"devices: {trainer} for the trainer, {others} for inference; one attempt of each is bounded by {hours:,.1f} GPU-hours "
+        f"({longest:g} h wall time); attempts that die or reach their wall time are followed by others"
+    )

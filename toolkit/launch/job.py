@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from toolkit.exchange import jobs, layout
 from toolkit.exchange.records import Corrupt, Superseded
 from toolkit.exchange.reports import report
 from toolkit.exchange.run import Run
+from toolkit.launch.handover import sitting
 from toolkit.signals import StopFlag
 
 ATTEMPT = "METAAPO_ATTEMPT"  # in the environment of every process of an attempt, by which it is found again
@@ -45,7 +47,8 @@ def play(root: Path, slot: str, number: int, job_id: str, rank: int, size: int) 
     started = time.monotonic()
     end: dict[str, Any] = {}
     try:
-        end["outcome"] = _role(slot)(run, slot, number, rank, size, stop)
+        with sitting(run, slot, number, job_id) if rank == 0 else contextlib.nullcontext():
+            end["outcome"] = _role(slot)(run, slot, number, rank, size, stop)
         return str(end["outcome"])
     except Superseded as error:
         end |= {"outcome": "superseded", "message": str(error)}
@@ -72,6 +75,8 @@ def play(root: Path, slot: str, number: int, job_id: str, rank: int, size: int) 
 
 def publish_end(run: Run, slot: str, number: int, attributes: dict[str, Any]) -> None:
     """Record how an attempt ended. Its own word and the tick's finding compete; the first one stands. Never refused."""
+    if attributes.get("outcome") == "failed":
+        attributes = attributes | {"working_on": jobs.claims(run.root, slot, run.attempt)}
     Run.open(run.root, run.attempt).records.publish(layout.job(slot, number, "end"), attributes)
 
 
@@ -81,18 +86,23 @@ def _start(run: Run, slot: str, number: int, job_id: str, rank: int) -> bool:
     if rank == 0:
         if run.closing(run.incarnation) is not None:
             return False
-        facts = {"kind": "started", "job": job_id, **jobs.this_process()}
+        # A scheduler may run a job a second time under its old id: then this start is another process's.
+        facts = {"kind": "started", "job": job_id, **jobs.this_process(), **_allocation()}
         manifest, _ = run.records.publish(ref, facts)
-    else:
-        deadline = time.monotonic() + START_WAIT
-        while (found := run.records.find(ref)) is None:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"rank 0 of {slot} attempt {number} did not start within {START_WAIT:.0f} s; see its log"
-                )
-            time.sleep(0.2)
-        manifest = found
-    return bool(manifest.attributes["kind"] == "started" and manifest.attributes["job"] == job_id)
+        return bool(manifest.attributes == facts)
+    deadline = time.monotonic() + START_WAIT
+    while (found := run.records.find(ref)) is None:
+        if time.monotonic() > deadline:
+            raise UserError(f"rank 0 of {slot} attempt {number} did not start within {START_WAIT:.0f} s; see its log")
+        time.sleep(0.2)
+    own = {"kind": "started", "job": job_id, **_allocation()}
+    return bool(own.items() <= found.attributes.items())
+
+
+def _allocation() -> dict[str, Any]:
+    """Where a Slurm job runs, and how often it was started."""
+    facts = {"nodes": os.environ.get("SLURM_JOB_NODELIST"), "restart": os.environ.get("SLURM_RESTART_COUNT")}
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def check_code(digest: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,16 +19,20 @@ from pathlib import Path
 
 from toolkit.errors import UserError
 from toolkit.exchange.jobs import process_start
-from toolkit.launch.adapter import JobSpec, State
+from toolkit.launch.adapter import Job, JobSpec, State
 from toolkit.launch.job import ATTEMPT, run_job
 
 
 class LocalAdapter:
     """Runs attempts on this machine."""
 
+    same_machine = True
+
     def submit(self, job: JobSpec) -> str:
-        if shutil.which(job.python) is None:
-            raise UserError(f"could not start {job.slot} here: its interpreter {job.python} is no program")
+        python = job.request.python or shlex.quote(sys.executable)
+        program, *others = shlex.split(python)
+        if others or shutil.which(program) is None:
+            raise UserError(f"could not start {job.slot} here: its interpreter {python} is no program")
         job.logs.parent.mkdir(parents=True, exist_ok=True)
         job.logs.mkdir(mode=0o700, exist_ok=True)  # submitit's pickles lie here
         specification = {
@@ -36,10 +41,10 @@ class LocalAdapter:
             "number": job.number,
             "logs": str(job.logs),
             "tasks": job.tasks,
-            "python": job.python,
-            "minutes": job.time_minutes,
+            "python": program,
+            "minutes": job.request.time_minutes,
         }
-        environment = os.environ | job.environment
+        environment = os.environ | {key: os.path.expandvars(value) for key, value in job.request.environment.items()}
         environment |= {ATTEMPT: job.attempt, "PYTHONPATH": str(job.code), "PYTHONSAFEPATH": "1"}
         # setproctitle, which vLLM's processes call, would else write over the environment that they are found by.
         environment["SPT_NOENV"] = "1"
@@ -61,12 +66,15 @@ class LocalAdapter:
             raise UserError(f"could not start {job.slot} here: {text[-2000:]}")
         return text.split()[-1]
 
-    def states(self, attempts: Collection[str]) -> dict[str, State]:
+    def look(self, attempts: Collection[str], since: float = 0.0) -> dict[str, Job]:
         alive = processes(attempts)
-        return {attempt: State.RUNNING if alive[attempt] else State.GONE for attempt in attempts}
+        return {attempt: Job(State.RUNNING if alive[attempt] else State.GONE) for attempt in attempts}
 
-    def cancel(self, attempts: Collection[str], kill: bool = False) -> None:
-        for pids in processes(attempts).values():
+    def room(self) -> None:
+        return None
+
+    def cancel(self, jobs: Collection[str], kill: bool = False) -> None:
+        for pids in processes(jobs).values():
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)

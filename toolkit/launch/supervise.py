@@ -1,182 +1,183 @@
 """The control plane: which attempts a run needs, which have died, what is submitted again. The records are the truth.
 
-Any host process may call `supervise`, any number at once: every decision is a single-winner record, and only its winner acts.
+Any host process may supervise, any number at once: every decision is a single-winner record, and only its winner acts.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 import uuid
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from toolkit.cluster import request, role_of
 from toolkit.config import Config
 from toolkit.errors import UserError
-from toolkit.exchange import hints, jobs, layout, lineage
+from toolkit.exchange import jobs, layout
 from toolkit.exchange.readiness import trainer_has_work, workers_have_work
-from toolkit.exchange.records import Manifest
 from toolkit.exchange.run import Run
 from toolkit.launch import snapshot
-from toolkit.launch.adapter import Adapter, JobSpec, State
+from toolkit.launch.adapter import Adapter, Busy, Job, JobSpec, State
+from toolkit.launch.attempts import Attempt, attempts, known_slots, progress, slots
+from toolkit.launch.deaths import bad_nodes, verdict
 
 START_PATIENCE = 90.0  # seconds after which an attempt that neither started nor is known to the scheduler is given up
+LOST_PATIENCE = 300.0  # seconds without heartbeat after which a started attempt that nobody remembers is given up
+BUSY_PATIENCE = 600.0  # seconds, at most, between two submissions of a slot for which the scheduler had no room
+FATAL = {  # reasons for which a job is pending for ever
+    "PartitionTimeLimit": "its time_minutes exceed the partition's limit",
+    "PartitionNodeLimit": "it asks for more nodes than the partition gives to a job",
+    "QOSMaxWallDurationPerJobLimit": "its time_minutes exceed the QOS's limit",
+    "AssocMaxWallDurationPerJobLimit": "its time_minutes exceed your account's limit",
+    "DependencyNeverSatisfied": "it waits for a job that cannot end any more",
+    "BadConstraints": "no node has what it asks for",
+    "InvalidAccount": "the account does not exist",
+    "InvalidQOS": "the QOS does not exist",
+    "AccountNotAllowed": "the account may not use the partition",
+    "QOSNotAllowed": "the QOS may not be used in the partition",
+}
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """A slot's attempt and what is recorded of it."""
+class Supervisor:
+    """Looks at a run's attempts again and again. Remembers those that are over: they cannot change.
 
-    slot: str
-    number: int
-    intent: Manifest
-    start: Manifest | None
-    end: Manifest | None
-
-    @property
-    def id(self) -> str:
-        return str(self.intent.attributes["attempt"])
-
-    @property
-    def incarnation(self) -> int:
-        return int(self.intent.attributes["incarnation"])
-
-    @property
-    def over(self) -> bool:
-        return self.end is not None or (self.start is not None and self.start.attributes["kind"] == "voided")
-
-    @property
-    def outcome(self) -> str:
-        """``pending``, ``running``, ``voided``, or what its end says."""
-        if self.end is not None:
-            return str(self.end.attributes["outcome"])
-        if self.start is None:
-            return "pending"
-        return "running" if self.start.attributes["kind"] == "started" else "voided"
-
-    @property
-    def death(self) -> dict[str, Any] | None:
-        """``kind``, ``message`` and where there was one ``error`` (its class) of an attempt that did not end well, else None."""
-        if self.outcome == "voided":
-            return {"kind": "never started", "message": "it left no word; its log may say more"}
-        return self.end.attributes if self.end is not None and self.outcome in ("failed", "died") else None
-
-
-def slots(config: Config) -> list[str]:
-    """The roles that a run's configuration asks for, one slot a job."""
-    found = ["trainer"]
-    if config.replay_from is None and config.needs_workers:
-        found += ["sidecar"] + [f"worker-{index:03d}" for index in range(config.inference.workers)]
-    return found
-
-
-def attempts(run: Run, slot: str) -> list[Attempt]:
-    """All attempts of a slot, oldest first."""
-    found: list[Attempt] = []
-    while (intent := run.records.find(layout.job(slot, len(found), "intent"))) is not None:
-        number = len(found)
-        start = run.records.find(layout.job(slot, number, "start"))
-        end = run.records.find(layout.job(slot, number, "end"))
-        found.append(Attempt(slot, number, intent, start, end))
-    return found
-
-
-def newest_attempts(run: Run) -> list[Attempt]:
-    """The newest attempt of every slot that has one."""
-    return [history[-1] for slot in slots(run.config) if (history := attempts(run, slot))]
-
-
-def supervise(run: Run, adapter: Adapter) -> list[Attempt]:
-    """Look at every slot once, with one query to the scheduler, and do what is due.
-
-    Returns:
-        The newest attempt of every slot, as it stands afterwards.
-
-    Raises:
-        UserError: the run cannot go on; it has been closed with that reason.
+    Args:
+        attempt: who writes the records.
     """
-    incarnation = run.current_incarnation()
-    assert incarnation is not None
-    histories = {slot: attempts(run, slot) for slot in slots(run.config)}
-    last = [history[-1] for history in histories.values() if history]
-    asked = [attempt for attempt in last if not attempt.over or attempt.outcome == "failed"]
-    states = adapter.states([attempt.id for attempt in asked])
-    for attempt in asked:
-        if not attempt.over:
-            _bury(run, adapter, attempt, states[attempt.id])
-        elif states[attempt.id] is State.RUNNING:
-            adapter.cancel([attempt.id], kill=True)  # its other ranks wait for the one that failed
-    closing = run.closing(incarnation)
-    newest = []
-    for slot, history in histories.items():
-        history = attempts(run, slot) if history else []
-        if closing is None and (not history or history[-1].over):
-            verdict = due(run, slot, [a for a in history if a.incarnation == incarnation])
-            if verdict is not None:
-                run.close("failed", verdict)
-                raise UserError(verdict)
-            if _wanted(run, slot, history, incarnation):
-                submit(run, adapter, slot, len(history), incarnation)
-                history = attempts(run, slot)
-        if history:
-            newest.append(history[-1])
-    return newest
+
+    def __init__(self, root: Path, attempt: str, adapter: Adapter) -> None:
+        self.root, self.attempt, self.adapter = root, attempt, adapter
+        self.histories: dict[str, list[Attempt]] = {}
+        self.jobs: dict[str, Job] = {}  # by attempt, as of the last look
+        self._beats: dict[str, tuple[Any, float]] = {}  # of attempts nobody remembers: last heartbeat, when it moved
+
+    def supervise(self) -> None:
+        """Look at every slot once, and do what is due.
+
+        Raises:
+            Unavailable: the scheduler does not answer; nothing was changed.
+            UserError: the run cannot go on; it has been closed with that reason.
+        """
+        run = Run.open(self.root, self.attempt)
+        incarnation = run.current_incarnation()
+        assert incarnation is not None
+        self._read(run)
+        living = [attempt for history in self.histories.values() for attempt in history if not attempt.over]
+        failed = [h[-1] for h in self.histories.values() if h and h[-1].outcome == "failed"]
+        asked = living + failed
+        since = min((attempt.intent.written for attempt in asked), default=time.time())
+        self.jobs = self.adapter.look([attempt.id for attempt in asked], since) if asked else {}
+        for attempt in living:
+            self._examine(run, attempt, self.jobs[attempt.id])
+        # Its other ranks wait for the one that failed.
+        self._kill(attempt for attempt in failed if self.jobs[attempt.id].state is State.RUNNING)
+        self._read(run)
+        if run.closing(incarnation) is not None:
+            withdraw_attempts(run, self.adapter, self._pending(self.histories.values()))
+            return
+        wanted = slots(run.config)
+        self._dismiss(run, wanted)
+        exclude = bad_nodes(self.histories.values(), incarnation)
+        for slot in wanted:
+            if self._is_due(run, slot, incarnation):
+                number = len(self.histories[slot])
+                submit(run, self.adapter, slot, number, incarnation, exclude=exclude)
+        self._read(run)
+
+    def _read(self, run: Run) -> None:
+        for slot in dict.fromkeys([*slots(run.config), *known_slots(run)]):
+            history = self.histories.get(slot, [])
+            over = next((i for i, attempt in enumerate(history) if not attempt.over), len(history))
+            self.histories[slot] = attempts(run, slot, history[:over])
+
+    def _examine(self, run: Run, attempt: Attempt, job: Job) -> None:
+        """Record the death of an attempt that the scheduler does not have any more and that left no word."""
+        if attempt.start is None:
+            self._examine_unstarted(run, attempt, job)
+            return
+        gone = job.state is State.GONE or (job.state is State.UNKNOWN and self._is_lost(run, attempt))
+        if not gone and self.adapter.same_machine:
+            facts = attempt.start.attributes
+            gone = jobs.is_this_host(facts) and not jobs.is_alive(facts)
+        end = layout.job(attempt.slot, attempt.number, "end")
+        if not gone or run.records.find(end) is not None:
+            return
+        if job.state is not State.GONE:
+            self._kill([attempt])  # its first process is dead: the rest waits for nobody
+        death = {"outcome": "died", "kind": job.kind, "message": job.message, "nodes": job.nodes}
+        seconds = job.seconds if job.seconds is not None else time.time() - attempt.start.written
+        death |= {"seconds": round(seconds, 1), "working_on": jobs.claims(run.root, attempt.slot, attempt.id)}
+        run.records.publish(end, death)
+
+    def _examine_unstarted(self, run: Run, attempt: Attempt, job: Job) -> None:
+        if job.state is State.PENDING and job.reason in FATAL and run.closing(attempt.incarnation) is None:
+            void(run, attempt, f"pending for ever: {job.reason}")
+            self.adapter.cancel([attempt.id], kill=True)
+            if job.reason != "DependencyNeverSatisfied":
+                why = f"{attempt.slot} would never start: {FATAL[job.reason]} (Slurm: {job.reason}, job {job.id})."
+                run.close("failed", f"{why} Mend the profile: metaapo resume {run.root} cluster.KEY=VALUE")
+                raise UserError(why)
+        if job.state in (State.GONE, State.UNKNOWN):
+            known = job.id is not None and job.state is State.GONE  # not just not there yet
+            age = time.time() - attempt.intent.written
+            if known or age > START_PATIENCE or run.closing(attempt.incarnation) is not None:
+                void(run, attempt, job.message if known else "never started", kind=job.kind if known else "unknown")
+                self.adapter.cancel([attempt.id], kill=True)
+
+    def _is_lost(self, run: Run, attempt: Attempt) -> bool:
+        """Whether an attempt that the scheduler does not remember has shown no life for long, on this process's own clock."""
+        beat = jobs.last_beat(run.root, attempt.slot)
+        mark = beat[:2] if beat is not None and beat[0] == attempt.id else None
+        seen, since = self._beats.get(attempt.id, (None, 0.0))
+        if attempt.id not in self._beats or seen != mark:
+            self._beats[attempt.id] = (mark, time.monotonic())
+            return False
+        return time.monotonic() - since > LOST_PATIENCE
+
+    def _kill(self, doomed: Iterable[Attempt]) -> None:
+        names = [attempt.id for attempt in doomed]
+        if names:
+            self.adapter.cancel(names, kill=True)
+
+    def _pending(self, histories: Iterable[list[Attempt]]) -> list[Attempt]:
+        return [
+            attempt for history in histories for attempt in history if attempt.start is None and attempt.end is None
+        ]
+
+    def _dismiss(self, run: Run, wanted: Sequence[str]) -> None:
+        """Attempts of slots that the configuration does not ask for any more save and leave."""
+        surplus = [h for slot, h in self.histories.items() if slot not in wanted]
+        withdraw_attempts(run, self.adapter, self._pending(surplus))
+        running = [a.id for history in surplus for a in history if a.outcome == "running"]
+        if running:
+            self.adapter.cancel(running)
+
+    def _is_due(self, run: Run, slot: str, incarnation: int) -> bool:
+        """Whether a slot is to be submitted now. Closes the run if it must not be submitted any more."""
+        history = self.histories[slot]
+        if any(not attempt.over for attempt in history):
+            return False
+        ours = [attempt for attempt in history if attempt.incarnation == incarnation]
+        reason = verdict(run, slot, ours)
+        if reason is not None:
+            run.close("failed", reason)
+            raise UserError(reason)
+        room = self.adapter.room()
+        if room is not None and room < 1:
+            return False
+        refusals = 0
+        while refusals < len(ours) and ours[-1 - refusals].turned_away:
+            refusals += 1
+        if refusals:
+            wait = min(BUSY_PATIENCE, run.config.sidecar.supervise * 2**refusals)
+            if time.time() - ours[-1].intent.written < wait:
+                return False
+            history = ours[:-refusals]
+        return _wanted(run, slot, history, incarnation)
 
 
-def _bury(run: Run, adapter: Adapter, attempt: Attempt, state: State) -> None:
-    """Record the death of an attempt that the scheduler does not have any more and that left no word."""
-    age = time.time() - attempt.intent.written
-    if attempt.start is None:
-        if state is State.GONE and (age > START_PATIENCE or run.closing(attempt.incarnation) is not None):
-            run.records.publish(
-                layout.job(attempt.slot, attempt.number, "start"), {"kind": "voided", "reason": "never started"}
-            )
-        return
-    facts = attempt.start.attributes
-    main_is_gone = state is State.GONE or (jobs.is_this_host(facts) and not jobs.is_alive(facts))
-    if not main_is_gone or run.records.find(layout.job(attempt.slot, attempt.number, "end")) is not None:
-        return
-    if state is not State.GONE:
-        adapter.cancel([attempt.id], kill=True)  # its first process is dead: the rest waits for nobody
-    death = {"outcome": "died", "kind": "crash", "message": "its process is gone and left no word"}
-    Run.open(run.root, run.attempt).records.publish(layout.job(attempt.slot, attempt.number, "end"), death)
-
-
-def due(run: Run, slot: str, history: list[Attempt]) -> str | None:
-    """Why this slot must not be submitted again, or None.
-
-    A refusal (a UserError: the input or the configuration is wrong) stops at once; deaths without progress between them have a
-    budget.
-    """
-    end = history[-1].death if history else None
-    if end is not None and end["kind"] == "refused":
-        return f"{slot} stopped: {end['message']}"
-    mark = progress(run)
-    deaths = [a.death for a in history if a.death is not None and a.intent.attributes["progress"] == mark]
-    if len(deaths) < run.config.cluster.attempts:
-        return None
-    kinds = Counter(death["kind"] for death in deaths)
-    last = ": ".join(deaths[-1][key] for key in ("error", "message") if key in deaths[-1])
-    return (
-        f"{slot} died {len(deaths)} times without a record published in between "
-        f"({', '.join(f'{count} x {kind}' for kind, count in kinds.items())}); the last: {last}. "
-        f"Logs: {run.root}/logs/{slot}. Then: metaapo resume {run.root}"
-    )
-
-
-def progress(run: Run) -> list[int]:
-    """A mark that moves whenever the run gets on: newest checkpoint, newest policy, shards done by the workers (a hint)."""
-    newest = lineage.newest(run.records)
-    policy = run.newest_policy()
-    return [
-        -1 if newest is None else lineage.sequence(newest),
-        -1 if policy is None else policy,
-        int(hints.frontier(run.root).get("done", 0)),
-    ]
-
-
-def _wanted(run: Run, slot: str, history: list[Attempt], incarnation: int) -> bool:
+def _wanted(run: Run, slot: str, history: Sequence[Attempt], incarnation: int) -> bool:
     """Whether a slot without a living attempt has anything to do."""
     outcome = history[-1].outcome if history and history[-1].incarnation == incarnation else None
     if outcome == "starved":
@@ -184,11 +185,48 @@ def _wanted(run: Run, slot: str, history: list[Attempt], incarnation: int) -> bo
     return not run.finished() if slot == "trainer" else outcome != "done"
 
 
-def submit(run: Run, adapter: Adapter, slot: str, number: int, incarnation: int) -> None:
-    """Publish the intent of an attempt and, if this call won it, submit the job, once."""
-    config = run.config
-    code = snapshot.take(run.root)
+def void(run: Run, attempt: Attempt, reason: str, kind: str = "unknown") -> None:
+    """Give up an attempt that has not started: a job of it that starts after all ends at once."""
+    word = {"kind": "voided", "reason": reason, "death": kind}
+    run.records.publish(layout.job(attempt.slot, attempt.number, "start"), word)
+
+
+def withdraw(run: Run, adapter: Adapter) -> None:
+    """Take a closed run's pending attempts out of the queue."""
+    pending = [a for slot in known_slots(run) for a in attempts(run, slot) if a.start is None and a.end is None]
+    if pending:
+        adapter.look([attempt.id for attempt in pending], min(attempt.intent.written for attempt in pending))
+    withdraw_attempts(run, adapter, pending)
+
+
+def withdraw_attempts(run: Run, adapter: Adapter, pending: Sequence[Attempt]) -> None:
+    for attempt in pending:
+        void(run, attempt, "withdrawn", kind="withdrawn")
+    if pending:
+        adapter.cancel([attempt.id for attempt in pending])
+
+
+def submit(
+    run: Run,
+    adapter: Adapter,
+    slot: str,
+    number: int,
+    incarnation: int,
+    after: str | None = None,
+    exclude: Sequence[str] = (),
+) -> str | None:
+    """Publish the intent of an attempt and, if this call won it, submit the job, once.
+
+    Args:
+        after: id of a job whose end it waits for.
+        exclude: nodes that it must not run on.
+
+    Returns:
+        The scheduler's id; None if the job is another's, was turned away, or its fate is unclear.
+    """
     attempt = uuid.uuid4().hex[:12]
+    code = snapshot.take(run.root)
+    job = specification(run.config, run.root, slot, number, attempt, code, after, exclude)
     attributes = {
         "attempt": attempt,
         "slot": slot,
@@ -197,38 +235,54 @@ def submit(run: Run, adapter: Adapter, slot: str, number: int, incarnation: int)
         "operations": run.operations_version(),
         "code": code,
         "progress": progress(run),
+        "gpus": job.nodes * job.gpus_per_node,
     }
-    _, won = run.records.publish(layout.job(slot, number, "intent"), attributes)
-    if won and run.closing(incarnation) is None:
-        role = {"trainer": config.trainer, "sidecar": config.sidecar}.get(slot, config.inference)
-        trainer = config.trainer
-        job = JobSpec(
-            root=run.root,
-            slot=slot,
-            number=number,
-            attempt=attempt,
-            code=snapshot.directory(run.root, code),
-            tasks=trainer.tensor * trainer.pipeline * trainer.data if slot == "trainer" else 1,
-            python=role.python or sys.executable,
-            time_minutes=config.cluster.time_minutes,
-            environment=config.cluster.environment,
-        )
-        try:
-            adapter.submit(job)
-        except UserError as error:  # it would be refused again
-            run.close("failed", str(error))
-            raise
+    intent, won = run.records.publish(layout.job(slot, number, "intent"), attributes)
+    if not won or run.closing(incarnation) is not None:
+        return None
+    try:
+        found = adapter.submit(job)
+    except Busy as error:
+        void(run, Attempt(slot, number, intent, None, None), f"no room: {error}", kind="busy")
+        return None
+    except UserError as error:  # it would be refused again
+        run.close("failed", str(error))
+        raise
+    except Exception as error:  # it may have been accepted: the next look at the scheduler tells
+        print(f"submission of {slot} unclear: {error}")
+        return None
+    if run.closing(incarnation) is not None:  # closed just now: whoever closed it may not have seen this job
+        adapter.cancel([attempt], kill=True)
+    return found
 
 
-def describe(newest: list[Attempt]) -> list[dict[str, Any]]:
-    """The attempts as JSON, for the status."""
-    return [
-        {
-            "slot": attempt.slot,
-            "number": attempt.number,
-            "attempt": attempt.id,
-            "outcome": attempt.outcome,
-            "message": (attempt.end.attributes.get("message") if attempt.end is not None else None),
-        }
-        for attempt in newest
-    ]
+def specification(
+    config: Config,
+    root: Path,
+    slot: str,
+    number: int,
+    attempt: str,
+    code: str,
+    after: str | None = None,
+    exclude: Sequence[str] = (),
+) -> JobSpec:
+    """What an attempt of a slot asks for."""
+    role, trainer, local = role_of(slot), config.trainer, config.cluster.kind == "local"
+    ranks = trainer.tensor * trainer.pipeline * trainer.data if role == "trainer" else 1
+    per_node = ranks if local else min(ranks, config.cluster.ranks_per_node)
+    gpus = {"trainer": per_node, "worker": config.inference.tensor_parallel, "sidecar": 0}[role]
+    wish = request(config.cluster, role)
+    return JobSpec(
+        root=root,
+        slot=slot,
+        number=number,
+        attempt=attempt,
+        code=snapshot.directory(root, code),
+        nodes=ranks // per_node,
+        tasks_per_node=per_node,
+        gpus_per_node=gpus if wish.gpu_request or local else 0,
+        request=wish,
+        margin=config.cluster.margin,
+        after=after,
+        exclude=tuple(exclude),
+    )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from toolkit.exchange import hints
 from toolkit.exchange.reports import condemn_reported
 from toolkit.exchange.retention import collect_garbage
 from toolkit.exchange.run import Run
-from toolkit.launch.adapter import Adapter
-from toolkit.launch.supervise import describe, supervise
+from toolkit.launch.adapter import Adapter, State
+from toolkit.launch.attempts import Attempt, attempts, current, gpu_hours, known_slots, slots
+from toolkit.launch.deaths import bad_nodes, by_kind
+from toolkit.launch.supervise import Supervisor
 from toolkit.reporting import status
 
 
@@ -18,8 +21,8 @@ class Tick:
 
     def __init__(self, run: Run, adapter: Adapter) -> None:
         run.require_owner()
-        self.run, self.adapter = run, adapter
-        self.jobs: list[dict[str, Any]] = []
+        self.run, self.supervisor = run, Supervisor(run.root, run.attempt, adapter)
+        self.control: dict[str, Any] = {}
         self._status: dict[str, Any] = {}
 
     def advance(self) -> None:
@@ -28,9 +31,50 @@ class Tick:
         collect_garbage(self.run)
         if self.run.closing() is None and self.run.is_complete():
             self.run.finish()
-        self._status = status.collect(self.run, self.jobs, self._status)
+        self._status = status.collect(self.run, self.control, self._status or hints.status(self.run.root))
         hints.set_status(self.run.root, self._status)
 
     def supervise(self) -> None:
-        """Bury the dead, submit what is due. Raises UserError when the run cannot go on."""
-        self.jobs = describe(supervise(self.run, self.adapter))
+        """Bury the dead, submit what is due. Raises UserError when the run cannot go on, Unavailable when nobody answers."""
+        try:
+            self.supervisor.supervise()
+        finally:
+            self.control = describe(self.supervisor)
+
+
+def describe(supervisor: Supervisor) -> dict[str, Any]:
+    """What the control plane knows, as JSON values, for the status.
+
+    Returns:
+        ``jobs``: of each slot the attempt that stands for it; ``deaths`` by kind; ``gpu_hours``; ``avoided`` nodes.
+    """
+    histories = [history for history in supervisor.histories.values() if history]
+    newest = max((history[-1].incarnation for history in histories), default=0)
+    return {
+        "jobs": [_describe(current(history), supervisor) for history in histories],
+        "deaths": by_kind(histories),
+        "gpu_hours": round(gpu_hours(histories, time.time()), 3),
+        "avoided": list(bad_nodes(histories, newest)),
+    }
+
+
+def _describe(attempt: Attempt, supervisor: Supervisor | None = None) -> dict[str, Any]:
+    job = supervisor.jobs.get(attempt.id) if supervisor is not None else None
+    pending = job is not None and job.state is State.PENDING
+    words = attempt.death or {}
+    return {
+        "slot": attempt.slot,
+        "number": attempt.number,
+        "attempt": attempt.id,
+        "outcome": attempt.outcome,
+        "kind": words.get("kind"),
+        "message": words.get("message"),
+        "job": job.id if job is not None else None,
+        "reason": job.reason if job is not None and pending else None,
+    }
+
+
+def described(run: Run) -> list[dict[str, Any]]:
+    """The attempts that stand for a run's slots, from the records alone."""
+    histories = (attempts(run, slot) for slot in dict.fromkeys([*slots(run.config), *known_slots(run)]))
+    return [_describe(current(history)) for history in histories if history]

@@ -41,12 +41,12 @@ def pace(run: Run) -> dict[str, Any]:
 def _ends(run: Run) -> list[dict[str, Any]]:
     """The first line and the last lines of the trainer's newest attempt."""
     try:
-        newest = jobs.newest(run.records, "trainer")
+        newest = jobs.newest_started(run.records, "trainer")
     except UserError:  # a damaged record: the pace is not worth an error
         return []
     if newest is None:
         return []
-    path = run.root / "metrics" / f"trainer.{newest[1].attributes['attempt']}.jsonl"
+    path = run.root / "metrics" / f"trainer.{newest.attributes['attempt']}.jsonl"
     return _parse(_read_ends(path))
 
 

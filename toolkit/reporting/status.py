@@ -14,17 +14,17 @@ from toolkit.reporting.terminal import flat_warning, line, render
 __all__ = ["collect", "line", "render"]
 
 
-def collect(run: Run, jobs: list[dict[str, Any]], previous: dict[str, Any] | None = None) -> dict[str, Any]:
+def collect(run: Run, control: dict[str, Any], previous: dict[str, Any] | None = None) -> dict[str, Any]:
     """What a run is doing, as JSON values.
 
     Args:
-        jobs: the newest attempts (`toolkit.launch.supervise.describe`); empty: those of ``previous``.
+        control: what the control plane knows (`toolkit.launch.tick.describe`); empty: what ``previous`` says of it.
         previous: an earlier status of this run: shards and evaluations that it shows as done are not looked at again.
 
     Returns:
         ``rounds`` and ``evaluations`` (see `toolkit.reporting.progress`); ``steps`` {done, of}; ``annotations`` {made, of,
         saved_fraction}; ``tokens_per_second`` of the last steps and ``seconds_left`` (None: not known); ``outcome`` and
-        ``reason`` (None while the run goes on); ``started`` and ``ended``, seconds since the epoch; ``jobs``; ``warnings``.
+        ``reason`` (None while the run goes on); ``started`` and ``ended``, seconds since the epoch; ``jobs``, ``deaths``, ``gpu_hours``, ``avoided``; ``warnings``.
     """
     previous = previous or {}
     reader = Reader(run)
@@ -39,7 +39,10 @@ def collect(run: Run, jobs: list[dict[str, Any]], previous: dict[str, Any] | Non
         "incarnation": incarnation,
         "outcome": None if closing is None else closing.attributes["outcome"],
         "reason": None if closing is None else closing.attributes["reason"],
-        "jobs": jobs or previous.get("jobs", []),
+        "jobs": [],
+        "deaths": {},
+        "gpu_hours": None,
+        "avoided": [],
         "policy": None,
         "checkpoint": 0,
         "steps": None,
@@ -49,6 +52,7 @@ def collect(run: Run, jobs: list[dict[str, Any]], previous: dict[str, Any] | Non
         "tokens_per_second": None,
         "seconds_left": None,
     }
+    found |= control or {key: previous[key] for key in ("jobs", "deaths", "gpu_hours", "avoided") if key in previous}
     if reader.find(layout.PAIRS) is not None:
         found |= _progress(reader, found, previous)
     found["warnings"] = _warnings(found, reader)

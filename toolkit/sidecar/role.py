@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import random
+import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from toolkit.exchange.jobs import Heartbeat
 from toolkit.exchange.records import Superseded
@@ -12,7 +17,6 @@ from toolkit.exchange.run import Run
 from toolkit.launch.adapter import adapter
 from toolkit.launch.tick import Tick
 from toolkit.reporting.metrics import MetricsWriter
-from toolkit.sidecar.pending import Pending
 from toolkit.signals import StopFlag
 
 
@@ -22,16 +26,26 @@ def main(run: Run, slot: str, number: int, rank: int, size: int, stop: StopFlag)
     Returns:
         ``done`` or ``saved``.
     """
+    from toolkit.sidecar.pending import Pending  # brings torch, which nothing else of the sidecar needs
+
     metrics = MetricsWriter(run.root, slot, run.attempt)
-    pending = Pending(run, metrics.write)
+    return keep(run, slot, stop, Pending(run, metrics.write).turn)
+
+
+def keep(run: Run, slot: str, stop: StopFlag, turn: Callable[[], bool]) -> str:
+    """Call ``turn`` as long as it gets something done, tick, beat, and again, until the run is closed.
+
+    Returns:
+        ``done`` or ``saved``.
+    """
     tick = Tick(Run.open(run.root, run.attempt), adapter(run.config))
     heartbeat = Heartbeat(run.root, slot, run.attempt)
     config = run.config.sidecar
-    supervisor = threading.Thread(target=_supervise, args=(tick, config.supervise, stop), daemon=True)
-    supervisor.start()
+    if run.config.cluster.control == "job":  # else nothing can be submitted from here
+        threading.Thread(target=_supervise, args=(tick, config.supervise, stop), daemon=True).start()
     while not stop.is_set():
         with contextlib.suppress(Superseded):  # the run was closed under this turn; that is met below
-            while pending.turn():
+            while turn():
                 pass
         tick.advance()
         heartbeat.beat([])
@@ -49,4 +63,16 @@ def _supervise(tick: Tick, every: float, stop: StopFlag) -> None:
             tick.supervise()
         except Exception as error:  # a scheduler that does not answer is asked again; a run that cannot go on is closed
             print(f"supervise: {type(error).__name__}: {error}")
-        stop.sleep(max(0.0, every - (time.monotonic() - started)))
+        pause = every * random.uniform(1.0, 1.1)  # so that the runs of a site do not ask all at once
+        stop.sleep(max(0.0, pause - (time.monotonic() - started)))
+
+
+def hosted(root: Path, attempt: str, incarnation: int, number: int) -> None:
+    """The sidecar as a child of the trainer's first rank (`toolkit.launch.handover`)."""
+    run = Run.open(root, attempt, incarnation)
+    os.umask(int(run.config.cluster.umask, 8))
+    main(run, "sidecar", number, 0, 1, StopFlag.install())
+
+
+if __name__ == "__main__":
+    hosted(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
