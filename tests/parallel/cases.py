@@ -206,9 +206,7 @@ def full_disk(layout: ParallelLayout, rank: int, model: str, folder: str) -> lis
 def lonely(layout: ParallelLayout, rank: int, store: str) -> str:
     """What is said when other ranks never come."""
     device.shutdown()
-    return message(
-        lambda: device.initialize(ParallelLayout(world_size=2), rank=0, init_method=store, timeout_seconds=1)
-    )
+    return message(lambda: device.initialize(ParallelLayout(world_size=2), rank=0, meeting=store, timeout_seconds=1))
 
 
 def behaviour(layout: ParallelLayout, rank: int, model: str, other: str, folder: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """The case's result, or the traceback of its failure."""
     layout = ParallelLayout(**job["layout"])
     try:
-        device.initialize(layout, rank=job["rank"], init_method=job["store"], timeout_seconds=60)
+        device.initialize(layout, rank=job["rank"], meeting=job["store"], timeout_seconds=60)
         module, function = job["case"].split(":")
         result = getattr(importlib.import_module(module), function)(layout, job["rank"], **job["arguments"])
         device.shutdown()

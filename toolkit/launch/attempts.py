@@ -89,9 +89,10 @@ def attempts(run: Run, slot: str, known: Sequence[Attempt] = ()) -> list[Attempt
 
 
 def current(history: Sequence[Attempt]) -> Attempt:
-    """The attempt that stands for a slot: the one that runs, though a successor may wait behind it; else the newest."""
+    """The attempt that stands for a slot: one that runs, before one that waits behind it or was given up; else the newest."""
     running = [attempt for attempt in history if attempt.outcome == "running"]
-    return running[-1] if running else history[-1]
+    begun = [attempt for attempt in history if attempt.outcome != "voided"]
+    return [*history, *begun[-1:], *running][-1]
 
 
 def progress(run: Run) -> list[int]:

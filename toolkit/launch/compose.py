@@ -100,7 +100,7 @@ def updated(run: Run, overrides: list[str]) -> Config:
                 f"{key} belongs to the identity of {run.root} and cannot change: its records were made with it. "
                 f"Start another run for that. These can change: {', '.join(configuration.OPERATIONS)}"
             )
-    return _overridden(dataclasses.asdict(run.config), overrides)
+    return resolved(_overridden(dataclasses.asdict(run.config), overrides), Path.cwd())
 
 
 def replayed(overrides: list[str], base: Path) -> Config:
@@ -140,6 +140,24 @@ def _parsed(overrides: list[str]) -> list[tuple[str, Any]]:
     return found
 
 
+def _cluster(name: str) -> dict[str, Any]:
+    """A cluster profile by name: where a run goes on, or is replayed, may be another place."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    ConfigStore.instance().store(name="schema", node=_Root)
+    try:
+        with initialize_config_dir(str(config_directory()), version_base="1.3"):
+            composed = hydra_compose("config", [f"cluster={name}"])
+    except HydraException as error:
+        raise UserError(_explain(error, [f"cluster={name}"])) from error
+    found: Any = OmegaConf.to_container(composed.cluster, resolve=True)
+    return found
+
+
 def _overridden(values: dict[str, Any], overrides: list[str]) -> Config:
     """A configuration with leaf keys replaced.
 
@@ -147,6 +165,9 @@ def _overridden(values: dict[str, Any], overrides: list[str]) -> Config:
         UserError: an unknown key (those that exist there are listed), or a bad value.
     """
     for key, value in _parsed(overrides):
+        if key == "cluster" and isinstance(value, str):
+            values["cluster"] = _cluster(value)
+            continue
         group: Any = values
         *parents, leaf = key.split(".")
         for part in parents:

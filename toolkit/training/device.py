@@ -84,7 +84,7 @@ def initialize(
     layout: ParallelLayout,
     *,
     rank: int,
-    init_method: str,
+    meeting: str | dist.Store,
     local_rank: int = 0,
     timeout_seconds: float = 1800.0,
     seed: int = 0,
@@ -95,9 +95,9 @@ def initialize(
 
     Args:
         rank: this process' number among ``layout.world_size``.
-        init_method: where the ranks meet, as torch spells it: ``tcp://host:port``, or ``file:///path`` for a fresh path
-            on a filesystem that all of them share and that locks files.
-        local_rank: the GPU to use among those this process sees.
+        meeting: where the ranks meet: a store that they are connected to, or ``file:///path`` for a fresh path on a
+            filesystem that all of them share and that locks files.
+        local_rank: this process' number on its node; its GPU among those that it sees.
         timeout_seconds: after which a collective call that some rank never joins fails.
         seed: of Megatron's generators (they matter with dropout only, which is off).
 
@@ -109,19 +109,19 @@ def initialize(
 
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())  # a site may show each rank its own GPU only
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     try:
         dist.init_process_group(
             backend,
-            init_method=init_method,
+            **({"init_method": meeting} if isinstance(meeting, str) else {"store": meeting}),
             rank=rank,
             world_size=layout.world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
     except (dist.DistError, RuntimeError, OSError) as error:
         raise UserError(
-            f"rank {rank} of {layout.world_size} could not join the others at {init_method} within "
+            f"rank {rank} of {layout.world_size} could not join the others within "
             f"{timeout_seconds:.0f} s: {error}. Check that all ranks started and reach that place; where a machine has "
             "several networks, name one in GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME)."
         ) from error

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import time
+from datetime import timedelta
+
+import torch.distributed as dist
 
 from toolkit.data.publish import prepare_run
 from toolkit.errors import UserError
@@ -33,7 +36,7 @@ def main(run: Run, slot: str, number: int, rank: int, size: int, stop: StopFlag)
     config = run.config.trainer
     layout = ParallelLayout(config.tensor, config.pipeline, size, config.sequence_parallel)
     local_rank = int(os.environ.get("SLURM_LOCALID", os.environ.get("SUBMITIT_LOCAL_LOCALID", rank)))
-    device.initialize(layout, rank=rank, init_method=_meeting_place(run, slot, number, rank), local_rank=local_rank)
+    device.initialize(layout, rank=rank, meeting=_meet(run, slot, number, rank), local_rank=local_rank)
     try:
         engine = PolicyEngine(layout, run.config.model.policy, _settings(run))
         metrics = MetricsWriter(run.root, slot, run.attempt) if rank == 0 else None
@@ -65,21 +68,18 @@ def _settings(run: Run) -> EngineSettings:
     )
 
 
-def _meeting_place(run: Run, slot: str, number: int, rank: int) -> str:
-    """Where the ranks of this attempt meet: a fresh port of rank 0's host, told through a record of the attempt."""
+def _meet(run: Run, slot: str, number: int, rank: int) -> dist.Store:
+    """The store through which the ranks of this attempt find each other: on a port that the system gave rank 0, told by a record."""
     ref = Ref(f"jobs/{slot}", f"{number:04d}.meeting")
-    if rank == 0:
-        local = run.config.cluster.kind == "local"
-        host = "127.0.0.1" if local else socket.gethostname()
-        if local:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        with socket.socket() as probe:
-            probe.bind((host if local else "", 0))
-            port = probe.getsockname()[1]
-        run.records.publish(ref, {"host": host, "port": port})
-        return f"tcp://{host}:{port}"
-    if run.config.cluster.kind == "local":
+    local = run.config.cluster.kind == "local"
+    if local:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    patience = timedelta(seconds=MEETING_PATIENCE)
+    if rank == 0:
+        host = "127.0.0.1" if local else _host()
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
+        run.records.publish(ref, {"host": host, "port": store.port})
+        return store
     deadline = time.monotonic() + MEETING_PATIENCE
     while (found := run.records.find(ref)) is None:
         if time.monotonic() > deadline:
@@ -87,4 +87,21 @@ def _meeting_place(run: Run, slot: str, number: int, rank: int) -> str:
                 f"rank 0 of {slot} attempt {number} did not say within {MEETING_PATIENCE:.0f} s where to meet; see its log"
             )
         time.sleep(0.2)
-    return f"tcp://{found.attributes['host']}:{found.attributes['port']}"
+    place = found.attributes
+    try:
+        return dist.TCPStore(place["host"], place["port"], is_master=False, timeout=patience)
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(
+            f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {place['host']}:{place['port']}: {error}"
+        ) from error
+
+
+def _host() -> str:
+    """This node's name, as the other nodes of the job know it."""
+    for name in (os.environ.get("SLURMD_NODENAME", ""), socket.gethostname()):
+        try:
+            socket.getaddrinfo(name, None)
+            return name
+        except OSError:
+            continue
+    raise UserError(f"this node's name {socket.gethostname()} has no address; the trainer's ranks cannot meet here")
