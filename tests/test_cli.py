@@ -83,7 +83,7 @@ def one_sentence(found: tuple[int, str, str], *words: str) -> None:
         assert word in errors
 
 
-@pytest.mark.parametrize("verb", ["status", "tick", "cancel", "resume", "verify", "report"])
+@pytest.mark.parametrize("verb", ["status", "tick", "cancel", "resume", "verify", "report", "explain", "logs"])
 def test_what_is_no_run_is_said_to_be_none(capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str) -> None:
     one_sentence(call(capsys, verb, tmp_path), f"{tmp_path} holds no run")
     assert not list(tmp_path.iterdir())
@@ -159,16 +159,97 @@ def test_tick_says_whether_the_run_goes_on(capsys: pytest.CaptureFixture[str], r
     assert code == 0 and text.strip() == f"{run.root}: cancelled"
 
 
-def test_logs_are_those_of_the_newest_attempt(capsys: pytest.CaptureFixture[str], run: Run) -> None:
+def write_log(run: Run, number: int, rank: int, text: str, slot: str = "trainer") -> Path:
+    folder = run.root / "logs" / slot / f"{number:04d}-abc"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"1_{rank}_log.out"
+    path.write_text(text)
+    return path
+
+
+def publish_attempt(run: Run, slot: str, number: int, end: dict | None = None) -> None:
+    intent = {
+        "attempt": "abc",
+        "slot": slot,
+        "number": number,
+        "incarnation": 0,
+        "progress": [],
+        "gpus": 0,
+        "code": "c",
+    }
+    run.records.publish(layout.job(slot, number, "intent"), intent)
+    run.records.publish(layout.job(slot, number, "start"), {"kind": "started", "job": "17", "host": "n3"})
+    if end is not None:
+        run.records.publish(layout.job(slot, number, "end"), end)
+
+
+def test_logs_are_those_of_the_newest_attempt_that_has_any(capsys: pytest.CaptureFixture[str], run: Run) -> None:
     one_sentence(call(capsys, "logs", run.root, "trainer"), "no logs of trainer", "nobody")
-    for number, text in ((0, "old"), (1, "new")):
-        folder = run.root / "logs" / "trainer" / f"{number:04d}-abc"
-        folder.mkdir(parents=True)
-        for rank in (0, 1):
-            (folder / f"1_{rank}_log.out").write_text(f"{text} {rank}\n")
-    code, text, _ = call(capsys, "logs", run.root, "trainer")
-    assert code == 0 and "new 0\n" in text and "new 1\n" in text and "old" not in text
+    for number, text in ((8, "old"), (10, "new")):
+        for rank in (0, 2, 10):
+            write_log(run, number, rank, f"{text} {rank}\n")
+    (run.root / "logs" / "trainer" / "0011-pending").mkdir()
+    _, text, _ = call(capsys, "logs", run.root, "trainer")
+    assert [line for line in text.splitlines() if line.startswith("new")] == ["new 0", "new 2", "new 10"]
+    assert "old" not in text
+    _, text, _ = call(capsys, "logs", run.root, "trainer", "--attempt", 8, "--rank", 2)
+    assert text.splitlines()[1:] == ["old 2"]
     one_sentence(call(capsys, "logs", run.root, "sidecar"), "there are logs of: trainer")
+    one_sentence(call(capsys, "logs", run.root, "trainer", "--attempt", 3), "there are: 8, 10, 11")
+    one_sentence(call(capsys, "logs", run.root, "trainer", "--attempt", 11), "has not written a log yet")
+    one_sentence(call(capsys, "logs", run.root, "trainer", "--rank", 7), "ranks 0, 2, 10")
+
+
+def test_of_long_logs_the_end_is_shown(capsys: pytest.CaptureFixture[str], run: Run) -> None:
+    path = write_log(run, 0, 0, "".join(f"line {number} {'x' * 500}\n" for number in range(1000)) + "the end")
+    _, text, _ = call(capsys, "logs", run.root, "trainer")
+    lines = text.splitlines()
+    assert len(lines) == 202 and lines[2].startswith("line 801 ") and lines[-1] == "the end"
+    before = path.stat().st_size - len("\n".join(lines[2:]))
+    assert lines[1] == f"… {before:,} bytes before this: --all shows them"
+    assert len(call(capsys, "logs", run.root, "trainer", "--tail", 3)[1].splitlines()) == 5
+    assert len(call(capsys, "logs", run.root, "trainer", "--all")[1].splitlines()) == 1002
+
+
+def test_logs_without_a_role_and_lists_of_attempts(capsys: pytest.CaptureFixture[str], run: Run) -> None:
+    assert call(capsys, "logs", run.root) == (0, "", "")
+    publish_attempt(run, "trainer", 0, {"outcome": "died", "kind": "node", "message": "m", "nodes": "n[1-2]"})
+    publish_attempt(run, "trainer", 1)
+    publish_attempt(run, "sidecar", 0)
+    path = write_log(run, 0, 0, "x\n")
+    (path.parent / "job.sh").touch()
+    (path.parent / "1_submitted.pkl").touch()
+    _, text, _ = call(capsys, "logs", run.root)
+    assert text.splitlines() == ["sidecar: 1 attempt, attempt 0 running", "trainer: 2 attempts, attempt 1 running"]
+    _, text, _ = call(capsys, "logs", run.root, "trainer", "--list")
+    assert text.splitlines() == [
+        "trainer attempt 0: died (node), job 17 on n[1-2]",
+        f"  {path.parent / 'job.sh'}",
+        f"  {path}",
+        "trainer attempt 1: running, job 17 on n3",
+    ]
+    assert "sidecar attempt 0: running, job 17 on n3" in call(capsys, "logs", run.root, "--list")[1]
+    one_sentence(call(capsys, "logs", run.root, "x", "--list"), "there are attempts of: sidecar, trainer")
+
+
+def test_explain_shows_the_lines_and_what_to_do(capsys: pytest.CaptureFixture[str], run: Run) -> None:
+    publish_attempt(run, "trainer", 0, {"outcome": "died", "kind": "crash", "message": "gone"})
+    path = write_log(run, 0, 1, "a\nslurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n")
+    run.close("failed", "trainer died once")
+    code, text, _ = call(capsys, "explain", run.root)
+    assert code == 0 and "trainer died once" in text and f"{path.relative_to(run.root)}:2" in text
+    assert "cluster.trainer.memory=" in text
+    code, text, _ = call(capsys, "explain", run.root, "--json")
+    assert code == 0 and json.loads(text)["findings"][0]["kind"] == "memory"
+
+
+def test_explain_and_a_refreshed_status_change_nothing_and_import_nothing_heavy(run: Run) -> None:
+    publish_attempt(run, "trainer", 0)
+    before = sorted(run.root.rglob("*"))
+    for arguments in (["explain", run.root], ["status", run.root, "--refresh"], ["logs", run.root, "--list"]):
+        _, modules = imported(*arguments)
+        assert not modules & set(HEAVY)
+    assert sorted(run.root.rglob("*")) == before
 
 
 # ---------------------------------------------------------------------------------------------- another user
@@ -177,7 +258,7 @@ def test_logs_are_those_of_the_newest_attempt(capsys: pytest.CaptureFixture[str]
 AS_NOBODY = """
 import os, sys
 import encodings.idna, hydra, toolkit.exchange.verify, toolkit.launch.compose, toolkit.launch.control, toolkit.launch.local
-import toolkit.reporting.terminal
+import toolkit.reporting.explain, toolkit.reporting.terminal
 from hydra.core.override_parser import overrides_parser
 from toolkit.cli import main
 
@@ -214,8 +295,14 @@ def test_another_user_reads_a_run_that_is_shared_and_moves_nothing(open_folder: 
     shared = make_config(open_folder / "run", cluster={"umask": "022"})
     made = Run.create(open_folder / "run", shared, "test")
     publish_pairs(made)
+    publish_attempt(made, "trainer", 0, {"outcome": "failed", "kind": "crash", "error": "KeyError", "message": "'x'"})
+    write_log(made, 0, 0, "secret").parent.chmod(0o700)  # as the launcher makes it
     before = sorted(open_folder.rglob("*"))
     assert json.loads(as_nobody("status", made.root, "--json").stdout)["steps"]["done"] == 0
+    assert "KeyError: 'x'" in as_nobody("explain", made.root).stdout
+    assert "only the owner of" in as_nobody("logs", made.root, "trainer", "--list").stdout
+    unread = as_nobody("logs", made.root, "trainer")
+    assert unread.returncode == 2 and "only the owner of" in unread.stderr and "secret" not in unread.stdout
     assert as_nobody("verify", made.root).returncode == 0
     for arguments in (("tick",), ("cancel",), ("resume",)):
         done = as_nobody(arguments[0], made.root)

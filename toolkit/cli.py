@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     except PermissionError as error:
         print(
             f"metaapo: {error.filename}: {error.strerror}. Only its owner can move a run; others may read one that is shared "
-            "(cluster.umask): status, logs, verify",
+            "(cluster.umask): status, explain, verify",
             file=sys.stderr,
         )
         return 2
@@ -82,12 +83,23 @@ def _parser() -> argparse.ArgumentParser:
     status_verb.add_argument("--json", action="store_true", help="as JSON")
     status_verb.add_argument("--watch", action="store_true", help="stay, and show every change")
     status_verb.add_argument(
-        "--refresh", action="store_true", help="look at the records now instead of the last status written"
+        "--refresh", action="store_true", help="look at the records and ask the scheduler now, instead of the last tick"
     )
-    logs_verb = verb("logs", logs, "the newest log of a role")
-    logs_verb.add_argument("role", metavar="ROLE", help="trainer, sidecar, worker-000, …")
+    logs_verb = verb("logs", logs, "the logs of a role's newest attempt, every rank's")
+    logs_verb.add_argument(
+        "role", metavar="ROLE", nargs="?", help="trainer, sidecar, worker-000, …; none: who has logs"
+    )
+    logs_verb.add_argument("--attempt", metavar="N", type=int, help="those of attempt N")
+    logs_verb.add_argument("--rank", metavar="R", type=int, help="those of rank R alone")
+    logs_verb.add_argument("--list", action="store_true", help="all attempts: how they ended, job, node, files")
+    logs_verb.add_argument("--tail", metavar="LINES", type=int, default=200, help="so many last lines (200)")
+    logs_verb.add_argument("--all", action="store_true", help="all lines")
+    explain_verb = verb("explain", explain, "why a run is not going on: the cause, the lines that show it, what to do")
+    explain_verb.add_argument("--json", action="store_true", help="as JSON")
     verb("tick", tick, "do once what keeps a run going")
-    verb("cancel", cancel, "stop a run; its roles save first")
+    verb("cancel", cancel, "stop a run; its roles save first").add_argument(
+        "--patience", type=float, metavar="SECONDS", help="kill what has not left after so long (default 180)"
+    )
     verb("resume", resume, "continue a stopped run", overrides="operations keys to change").add_argument(
         "--detach", action="store_true", help="start the roles and return"
     )
@@ -95,6 +107,18 @@ def _parser() -> argparse.ArgumentParser:
         "verify", verify, "check every byte, every gate decision, and that each pair was trained exactly once"
     )
     verify_verb.add_argument("--json", action="store_true", help="as JSON")
+    doctor_verb = verb(
+        "doctor", doctor, "find what is wrong with a profile, an environment or a filesystem", False, compose
+    )
+    doctor_verb.add_argument("--no-environments", action="store_true", help="don't try the Python of each role")
+    doctor_verb.add_argument(
+        "--write-profile",
+        metavar="FILE",
+        type=Path,
+        help="draft a profile of this cluster from what Slurm says, and return",
+    )
+    prefetch_verb = verb("prefetch", prefetch, "download models and data, where there is a network", False, compose)
+    prefetch_verb.add_argument("--to", metavar="DIR", type=Path, required=True, help="where to")
     verb("report", report, "write summary.json, report.html and TensorBoard files")
     return parser
 
@@ -185,9 +209,11 @@ def status(options: argparse.Namespace) -> None:
         found = hints.status(options.run)
         if options.refresh or not found:
             from toolkit.exchange.run import Run
+            from toolkit.launch.observe import observe
             from toolkit.reporting.status import collect
 
-            found = collect(Run.open(options.run), {}, found) | {"written": time.time()}
+            run = Run.open(options.run)
+            found = collect(run, observe(run), found) | {"written": time.time()}
         if found.get("outcome") and any(job["outcome"] in ("running", "pending") for job in found["jobs"]):
             from toolkit.exchange.run import Run
             from toolkit.launch.tick import described
@@ -217,19 +243,33 @@ def status(options: argparse.Namespace) -> None:
 
 
 def logs(options: argparse.Namespace) -> None:
-    directory = options.run / "logs" / options.role
-    files = sorted(directory.glob("*/*_log.out"), key=lambda path: (path.parent.name, path.name))
-    if not files:
-        known = (
-            sorted(path.name for path in (options.run / "logs").glob("*")) if (options.run / "logs").is_dir() else []
-        )
-        raise UserError(
-            f"no logs of {options.role} in {options.run}; there are logs of: {', '.join(known) or 'nobody'}"
-        )
-    newest = files[-1].parent.name
-    for path in [path for path in files if path.parent.name == newest]:
+    from toolkit.reporting import logs as files
+
+    if options.role is None or options.list:
+        from toolkit.exchange.run import Run
+
+        run = Run.open(options.run)
+        for line in files.listing(run, options.role) if options.list else files.overview(run):
+            print(line)
+        return
+    for path in files.wanted(options.run, options.role, options.attempt, options.rank):
         print(f"==> {path} <==")
-        print(path.read_text(encoding="utf-8", errors="replace"), end="")
+        text, before = (files.read(path), 0) if options.all else files.tail(path, options.tail)
+        if before:
+            print(f"… {before:,} bytes before this: --all shows them")
+        print(text, end="" if text.endswith("\n") else "\n")
+
+
+def explain(options: argparse.Namespace) -> None:
+    from toolkit.exchange.run import Run
+    from toolkit.reporting import explain as explanation
+
+    found = explanation.explain(Run.open(options.run))
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        console = _console()
+        console.print(explanation.render(found, min(console.width, 100)), soft_wrap=True)
 
 
 def tick(options: argparse.Namespace) -> None:
@@ -249,7 +289,7 @@ def cancel(options: argparse.Namespace) -> None:
     from toolkit.launch import control
 
     run = Run.open(options.run, "cancel")
-    found, closing = control.cancel(run), run.closing()
+    found, closing = control.cancel(run, options.patience), run.closing()
     assert closing is not None
     advice = f" Continue with: metaapo resume {options.run}" if closing.attributes["outcome"] != "finished" else ""
     _console().print(f"{closing.attributes['outcome']}; {found} attempt(s) stopped, none left.{advice}", soft_wrap=True)
@@ -265,6 +305,38 @@ def verify(options: argparse.Namespace) -> int:
     else:
         print(found.as_text())
     return 0 if found.clean else 1
+
+
+def doctor(options: argparse.Namespace) -> int:
+    console = _console()
+    if options.write_profile is not None:
+        from toolkit.launch import profile
+
+        profile.write(options.write_profile)
+        console.print(
+            f"drafted {options.write_profile}: read it, complete it, then: metaapo doctor cluster={options.write_profile}",
+            soft_wrap=True,
+        )
+        return 0
+    from toolkit.launch.compose import compose
+    from toolkit.launch.doctor import diagnose, show
+
+    config = compose(options.overrides, Path.cwd(), complete=False)
+    return 0 if show(diagnose(config, not options.no_environments), console) else 1
+
+
+def prefetch(options: argparse.Namespace) -> None:
+    from toolkit.data.prefetch import fetch
+    from toolkit.launch.compose import compose
+
+    config, console = compose(options.overrides, Path.cwd(), complete=False), _console()
+    found = fetch(config, options.to.absolute(), lambda words: console.print(words, soft_wrap=True))
+    console.print(
+        f"launch with: {shlex.join(f'{key}={path}' for key, path in found.items())}"
+        if found
+        else "nothing to download",
+        soft_wrap=True,
+    )
 
 
 def report(options: argparse.Namespace) -> None:

@@ -90,8 +90,12 @@ class OfficialRun:
     def parameters(self) -> dict[str, Tensor]:
         """The learner's parameters under our names."""
         fc1, fc2 = self.learner.fc1, self.learner.fc2
-        return {"input_weight": fc1.weight.detach().flatten(), "input_bias": fc1.bias.detach(),
-                "output_weight": fc2.weight.detach().flatten(), "output_bias": fc2.bias.detach()}
+        return {
+            "input_weight": fc1.weight.detach().flatten(),
+            "input_bias": fc1.bias.detach(),
+            "output_weight": fc2.weight.detach().flatten(),
+            "output_bias": fc2.bias.detach(),
+        }
 
     def _meta_step(self) -> None:
         offline, online = (torch.cat(column) for column in zip(*self.buffer, strict=True))

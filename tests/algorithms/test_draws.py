@@ -32,7 +32,12 @@ def test_the_ends_of_the_hash_stay_inside(monkeypatch) -> None:
 
 
 def test_every_coordinate_counts() -> None:
-    numbers = {draws.uniform(seed, round_index, pair) for seed in (1, 11, -1) for round_index in (1, 11) for pair in ("1", "11", "1:1")}
+    numbers = {
+        draws.uniform(seed, round_index, pair)
+        for seed in (1, 11, -1)
+        for round_index in (1, 11)
+        for pair in ("1", "11", "1:1")
+    }
     assert len(numbers) == 18
     assert draws.uniforms(1, 2, ["b", "a"]).tolist() == [draws.uniform(1, 2, "b"), draws.uniform(1, 2, "a")]
 

@@ -18,7 +18,9 @@ def test_kinds_of_feature() -> None:
     beta = 0.1
     expected = [-math.log1p(math.exp(-beta * margin)) for margin in (-30.0, 0.0, 3.0)]
     assert feature(MARGINS, "log_sigmoid_beta", beta)[:3].tolist() == pytest.approx(expected)
-    assert feature(MARGINS, "log_sigmoid", beta)[:3].tolist() == pytest.approx([-30.0, -math.log(2), -0.048587], abs=1e-5)
+    assert feature(MARGINS, "log_sigmoid", beta)[:3].tolist() == pytest.approx(
+        [-30.0, -math.log(2), -0.048587], abs=1e-5
+    )
     stats = FeatureStatistics(mean=-1.0, std=2.0, count=9, variance=4.0)
     standardised = feature(MARGINS, "standardised", beta, stats)
     assert standardised[:3].tolist() == pytest.approx([(value + 1) / 2 for value in expected])

@@ -21,7 +21,11 @@ def test_none_and_all_leave_nothing_to_chance() -> None:
 
 
 def test_a_draw_equal_to_the_weight_does_not_sample() -> None:
-    assert gates.decide(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), torch.full((3,), 0.5)).tolist() == [False, False, True]
+    assert gates.decide(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), torch.full((3,), 0.5)).tolist() == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_random_samples_at_its_rate() -> None:
@@ -62,7 +66,11 @@ def test_errors() -> None:
         gates.get("random", p=0.5)
     with pytest.raises(UserError, match="needs the parameter 'threshold'"):
         gates.get("threshold")
-    for kind, parameters in [("random", {"probability": 1.1}), ("meta", {"exploration": 1}), ("threshold", {"threshold": math.nan})]:
+    for kind, parameters in [
+        ("random", {"probability": 1.1}),
+        ("meta", {"exploration": 1}),
+        ("threshold", {"threshold": math.nan}),
+    ]:
         with pytest.raises(UserError, match="must be"):
             gates.get(kind, **parameters)
     with pytest.raises(UserError, match="1 NaN among 2"):

@@ -12,14 +12,35 @@ from toolkit.errors import UserError
 
 def test_presets_hold_what_their_sources_say() -> None:
     paper, code, recommended = preset("paper"), preset("reference_code"), preset("recommended")
-    assert (paper.interval, paper.feature, paper.init, paper.missing, paper.lag) == (8, "log_sigmoid_beta", "constant", "offline_full", 1)
-    assert (code.interval, code.feature, code.init, code.missing, code.lag) == (16, "log_sigmoid", "constant", "drop", 0)
+    assert (paper.interval, paper.feature, paper.init, paper.missing, paper.lag) == (
+        8,
+        "log_sigmoid_beta",
+        "constant",
+        "offline_full",
+        1,
+    )
+    assert (code.interval, code.feature, code.init, code.missing, code.lag) == (
+        16,
+        "log_sigmoid",
+        "constant",
+        "drop",
+        0,
+    )
     assert (code.gate_reference, code.loss_reference, code.remainder) == ("previous", "previous", "discard")
     assert (code.round_start_optimizer, code.round_start_schedule) == ("reset", "restart")
     for settings in (paper, code):
-        assert (settings.learning_rate, settings.weight_decay, settings.epochs, settings.minibatch) == (5e-3, 1e-4, 1, None)
+        assert (settings.learning_rate, settings.weight_decay, settings.epochs, settings.minibatch) == (
+            5e-3,
+            1e-4,
+            1,
+            None,
+        )
         assert (settings.clamp, settings.exploration, settings.warm_start) == (0, 0, "none")
-    assert (recommended.init, recommended.feature, recommended.warm_start) == ("random", "standardised", "offline_round")
+    assert (recommended.init, recommended.feature, recommended.warm_start) == (
+        "random",
+        "standardised",
+        "offline_round",
+    )
     assert recommended.clamp > 0 and recommended.exploration > 0 and recommended.minibatch
 
 
@@ -36,9 +57,23 @@ def test_overrides_and_errors() -> None:
         preset("official")
     with pytest.raises(UserError, match=r"preset 'paper' has no setting 'intervall'; its settings: .*interval=8"):
         preset("paper", intervall=4)
-    for name, value in [("init", "zeros"), ("feature", "raw"), ("interval", 0), ("lag", -1), ("lag", True), ("minibatch", 0),
-                        ("epochs", 1.5), ("clamp", 0.5), ("exploration", 1.0), ("learning_rate", 0.0), ("weight_decay", -1.0),
-                        ("missing", "ignore"), ("gate_reference", "sft"), ("remainder", "keep"), ("warm_start", "yes")]:
+    for name, value in [
+        ("init", "zeros"),
+        ("feature", "raw"),
+        ("interval", 0),
+        ("lag", -1),
+        ("lag", True),
+        ("minibatch", 0),
+        ("epochs", 1.5),
+        ("clamp", 0.5),
+        ("exploration", 1.0),
+        ("learning_rate", 0.0),
+        ("weight_decay", -1.0),
+        ("missing", "ignore"),
+        ("gate_reference", "sft"),
+        ("remainder", "keep"),
+        ("warm_start", "yes"),
+    ]:
         with pytest.raises(UserError, match=name):
             preset("paper", **{name: value})
 

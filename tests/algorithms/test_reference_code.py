@@ -104,7 +104,9 @@ def test_equals_the_official_algorithm_on_recorded_log_probs() -> None:
                 official_gradients = torch.autograd.grad(losses.mean(), leaves)
 
                 spoilt = LogProbs(*(value.where(has_online, torch.nan) for value in online))
-                our_losses, our_weights, counted = ours.policy_losses(pair_log_probs(offline), pair_log_probs(spoilt), has_online)
+                our_losses, our_weights, counted = ours.policy_losses(
+                    pair_log_probs(offline), pair_log_probs(spoilt), has_online
+                )
                 torch.testing.assert_close(our_weights[has_online], weights, rtol=1e-5, atol=1e-6)
                 torch.testing.assert_close(our_losses[has_online], losses, rtol=1e-5, atol=1e-6)
                 assert not our_losses[~has_online].any()
@@ -177,7 +179,9 @@ def test_drives_a_real_policy_to_the_same_weights() -> None:
     assert_same_learner(ours, official)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("feature", "log_sigmoid_beta"), ("init", "random"), ("learning_rate", 1e-3)])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("feature", "log_sigmoid_beta"), ("init", "random"), ("learning_rate", 1e-3)]
+)
 def test_another_setting_would_not_equal_it(setting: str, value: object) -> None:
     """The comparison sees a difference where there is one."""
     generator = torch.Generator().manual_seed(1)

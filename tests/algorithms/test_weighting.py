@@ -31,10 +31,15 @@ def test_mix_oracle() -> None:
     loss = weighting.meta_weighted_losses(w, offline, online, YES)
     assert loss.item() == pytest.approx(0.668380, abs=1e-6)
     assert torch.autograd.grad(loss, offline_margin, retain_graph=True)[0].item() == pytest.approx(-0.017022, abs=1e-6)
-    assert torch.autograd.grad(loss, w, allow_unused=True, retain_graph=True)[0] is None  # w is a constant to the policy
+    assert (
+        torch.autograd.grad(loss, w, allow_unused=True, retain_graph=True)[0] is None
+    )  # w is a constant to the policy
     meta = weighting.meta_loss(w, offline, online)
     assert meta.item() == loss.item()
-    assert torch.autograd.grad(meta, [w, offline_margin], allow_unused=True) == (pytest.approx(-0.190042, abs=1e-6), None)
+    assert torch.autograd.grad(meta, [w, offline_margin], allow_unused=True) == (
+        pytest.approx(-0.190042, abs=1e-6),
+        None,
+    )
 
 
 def test_equals_plain_dpo_where_it_must() -> None:
@@ -79,7 +84,13 @@ def test_an_absent_online_half_poisons_nothing(missing: str, poison: float) -> N
 def test_kinds_of_weight() -> None:
     s = torch.tensor([-2.0, 0.0], requires_grad=True)
     learner = MetaLearner("random", seed=1)
-    expected = {"one": [1, 1], "zero": [0, 0], "constant": [0.3, 0.3], "fixed": s.sigmoid().tolist(), "meta": learner(s).tolist()}
+    expected = {
+        "one": [1, 1],
+        "zero": [0, 0],
+        "constant": [0.3, 0.3],
+        "fixed": s.sigmoid().tolist(),
+        "meta": learner(s).tolist(),
+    }
     assert set(expected) == set(weighting.KINDS)
     for kind, values in expected.items():
         w = weighting.weights(kind, s, learner, **({"value": 0.3} if kind == "constant" else {}))
@@ -118,6 +129,9 @@ def test_errors() -> None:
         weighting.weights("constant", s)
     with pytest.raises(ValueError, match="needs the meta-learner"):
         weighting.weights("meta", s)
-    for call in (lambda: weighting.meta_weighted_losses(s, s, s, yes, "ignore"), lambda: weighting.contributing(yes, "ignore")):
+    for call in (
+        lambda: weighting.meta_weighted_losses(s, s, s, yes, "ignore"),
+        lambda: weighting.contributing(yes, "ignore"),
+    ):
         with pytest.raises(UserError, match="expected one of: drop, offline_full, offline_w"):
             call()

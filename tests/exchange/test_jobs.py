@@ -52,12 +52,13 @@ def test_a_process_name_with_blanks_and_brackets_is_no_trouble(tmp_path: Path) -
             child.wait()
 
 
-def test_the_newest_attempt_of_a_slot(run: Run) -> None:
-    assert jobs.newest(run.records, "trainer") is None
-    for number in range(3):
+def test_the_newest_attempt_that_started(run: Run) -> None:
+    assert jobs.newest_started(run.records, "trainer") is None
+    for number, word in enumerate(["started", "voided", "started", None]):
         run.records.publish(layout.job("trainer", number, "intent"), {"attempt": f"a{number}"})
-    number, intent = jobs.newest(run.records, "trainer")
-    assert (number, intent.attributes["attempt"]) == (2, "a2")
+        if word is not None:
+            run.records.publish(layout.job("trainer", number, "start"), {"kind": word})
+    assert jobs.newest_started(run.records, "trainer").attributes["attempt"] == "a2"
 
 
 # ---------------------------------------------------------------------------------------------- heartbeats
@@ -80,21 +81,24 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_a_claim_is_believed_while_its_counter_moves(tmp_path: Path, clock: Clock) -> None:
     observer, worker = Observer(tmp_path, patience=60), Heartbeat(tmp_path, "worker-001", "abc")
     assert observer.claimed("worker-000") == set()
-    worker.beat(["shard 3"])
+    worker.working_on = ["shard 3"]
+    worker.beat()
     assert observer.claimed("worker-000") == {"shard 3"}
     clock.now += 59
     assert observer.claimed("worker-000") == {"shard 3"}
     clock.now += 2
     assert observer.claimed("worker-000") == set(), "it stood still for 61 s"
-    worker.beat(["shard 4"])
+    worker.working_on = ["shard 4"]
+    worker.beat()
     assert observer.claimed("worker-000") == {"shard 4"}, "it was only slow"
-    worker.beat([])
+    worker.working_on = []
+    worker.beat()
     assert observer.claimed("worker-000") == set()
 
 
 def test_the_time_of_the_file_means_nothing(tmp_path: Path, clock: Clock) -> None:
     observer = Observer(tmp_path, patience=60)
-    Heartbeat(tmp_path, "worker-001", "abc").beat(["shard 3"])
+    Heartbeat(tmp_path, "worker-001", "abc", ["shard 3"]).beat()
     path = tmp_path / "heartbeats/worker-001.json"
     for mtime in (0, 4e9):
         os.utime(path, (mtime, mtime))
@@ -106,17 +110,17 @@ def test_the_time_of_the_file_means_nothing(tmp_path: Path, clock: Clock) -> Non
 
 def test_a_new_attempt_of_a_slot_starts_over(tmp_path: Path, clock: Clock) -> None:
     observer = Observer(tmp_path, patience=60)
-    Heartbeat(tmp_path, "worker-001", "dead").beat(["shard 3"])
+    Heartbeat(tmp_path, "worker-001", "dead", ["shard 3"]).beat()
     observer.claimed("worker-000")
     clock.now += 61
-    Heartbeat(tmp_path, "worker-001", "heir").beat(["shard 5"])
+    Heartbeat(tmp_path, "worker-001", "heir", ["shard 5"]).beat()
     assert observer.claimed("worker-000") == {"shard 5"}, "the counter is again 1, but of another attempt"
 
 
 def test_ones_own_claims_and_foreign_files_do_not_count(tmp_path: Path, clock: Clock) -> None:
     observer = Observer(tmp_path, patience=60)
-    Heartbeat(tmp_path, "worker-000", "me").beat(["mine"])
-    Heartbeat(tmp_path, "worker-001", "you").beat(["yours"])
+    Heartbeat(tmp_path, "worker-000", "me", ["mine"]).beat()
+    Heartbeat(tmp_path, "worker-001", "you", ["yours"]).beat()
     for name, content in ((".nfs01.json", "{}"), ("x.json", "{"), ("y.json", "[]"), ("z.json.swp", "{}")):
         (tmp_path / "heartbeats" / name).write_text(content)
     assert observer.claimed("worker-000") == {"yours"}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.exchange.conftest import make_config, publish_pairs
-from toolkit.exchange import layout, lineage, retention
+from toolkit.exchange import filesystem, layout, lineage, retention
 from toolkit.exchange.lineage import Progress
-from toolkit.exchange.records import File, Manifest, Ref, check
-from toolkit.exchange.retention import collect_garbage, is_deleted
+from toolkit.exchange.records import File, Manifest, Ref, check, decode
+from toolkit.exchange.retention import Sweep, collect_garbage, is_deleted
 from toolkit.exchange.run import Run
+from toolkit.exchange.verify import manifests
 
 
 class Grace:
@@ -187,6 +189,18 @@ def test_what_dead_and_beaten_attempts_left_is_removed(run: Run, grace: Grace) -
     assert collect_garbage(run) == [], f"{train_on.ref} has no files: nothing tells whose directory is whose"
 
 
+def test_a_condemned_checkpoint_holds_up_nothing(run: Run, grace: Grace) -> None:
+    train(run, checkpoints=6)
+    for number in (2, 4):
+        manifest = run.records.require(layout.checkpoint(number))
+        run.records.condemn(manifest.path, manifest.ref, "damaged", "?", None)
+    collect_garbage(run)
+    grace.passed = 1e6
+    removed = collect_garbage(run)
+    assert directories(run, "checkpoints") == [3, 4, 5], "two whole ones stay, and what is between them"
+    assert len(removed) == 3 and removed[2].startswith("checkpoints/000002."), "nobody's directory any more"
+
+
 def test_nothing_is_removed_before_the_pairs_are_there(tmp_path: Path, grace: Grace) -> None:
     run = Run.create(tmp_path, make_config(tmp_path), "test")
     assert collect_garbage(run) == []
@@ -199,3 +213,104 @@ def test_nothing_outside_the_run_is_removed(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not inside the run"):
         retention._remove(run.root, run.root / "link")
     assert outside.is_dir()
+
+
+# ------------------------------------------------------------------------------------- what killed writers left
+
+
+def killed(run: Run, monkeypatch: pytest.MonkeyPatch, ref: Ref, attempt: str) -> None:
+    """An attempt that is killed when its data and the private copy of its manifest are written."""
+
+    def link(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(filesystem.os, "link", link)
+        patch.setattr(filesystem.Path, "unlink", lambda self: None)
+        Run.open(run.root, attempt).records.publish(ref, {}, blobs={".parquet": b"a", ".txt": b"b"})
+
+
+def swept(run: Run) -> list[str]:
+    """What one process removes that looks at everything."""
+    sweep, found = Sweep(run), []
+    for _ in range(20):
+        found += sweep.step()
+    return sorted(str(path.relative_to(run.root)) for path in found)
+
+
+def assert_whole(run: Run) -> None:
+    for path in manifests(run.root):
+        manifest = decode(path, path.read_bytes())
+        for entry in manifest.files:
+            check(manifest, entry)
+
+
+def test_files_that_no_record_can_name_any_more_are_removed(
+    run: Run, grace: Grace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    won, open_, again = layout.responses(1, 0), layout.responses(1, 1), layout.requests(1, 0)
+    for ref in (won, open_, again):
+        for attempt in ("dead", "dying"):
+            killed(run, monkeypatch, ref, attempt)
+    for ref in (won, again):
+        run.records.publish(ref, {}, blobs={".parquet": b"a"})
+    condemned = run.records.require(again)
+    run.records.condemn(condemned.path, again, "damaged", "?", None)
+    killed(run, monkeypatch, again, "dead")  # generation 1
+    grace.passed = run.config.retention.grace - 10
+    assert swept(run) == []
+    grace.passed = run.config.retention.grace + 10
+    removed = swept(run)
+    private = [name for name in removed if Path(name).name.startswith(".")]
+    assert len(private) == 7, "one for each that was killed"
+    data = sorted(Path(name).name.partition(".d")[0] + Path(name).suffix for name in set(removed) - set(private))
+    assert data == ["000000.g0.parquet"] * 4 + ["000000.g0.txt"] * 4, "generation 1 and shard 1 may still be published"
+    assert_whole(run)
+    assert run.records.publish(open_, {}, blobs={".parquet": b"a"})[1]
+    assert run.records.publish(again, {}, blobs={".parquet": b"a"})[0].generation == 1
+    assert len(swept(run)) == 6
+    assert_whole(run)
+    assert swept(run) == []
+
+
+def test_what_a_killed_preparation_left_is_removed(
+    tmp_path: Path, grace: Grace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(tmp_path, make_config(tmp_path), "test")
+    killed(run, monkeypatch, layout.PAIRS, "dead")
+    publish_pairs(run)
+    (tmp_path / ".status.json.0123456789ab").touch()
+    grace.passed = 1e6
+    assert len(swept(run)) == 4
+    assert_whole(run)
+
+
+def test_nothing_else_is_swept(run: Run, grace: Grace) -> None:
+    """Foreign files, staged directories, logs and snapshots, and what is named like garbage there."""
+    train(run, checkpoints=1, policies=1)
+    for name in ("code/abc", "logs/trainer", "metrics", "rounds/000/requests/000"):
+        (run.root / name).mkdir(parents=True, exist_ok=True)
+    for directory in ("code/abc", "logs/trainer", "metrics"):
+        (run.root / directory / ".x.0123456789ab").touch()
+    foreign = ["notes.txt", ".nfs0123456789abcdef", "000000.g0.json.orig", "000000.g0.abc.parquet", ".gitignore"]
+    for name in foreign:
+        (run.root / "rounds/000/requests/000" / name).touch()
+    stage = run.records.stage(layout.checkpoint(1))
+    (stage / ".metadata.0123456789ab").touch()
+    grace.passed = 1e6
+    before = set(run.root.rglob("*"))
+    assert swept(run) == [] and set(run.root.rglob("*")) == before
+
+
+def test_a_sweep_looks_at_few_directories_at_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard in range(0, 60 * layout.BUCKET, layout.BUCKET):
+        run.records.publish(layout.requests(1, shard), {})
+    looked: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(retention.os, "scandir", lambda path: (looked.append(str(path)), scandir(path))[1])
+    sweep = Sweep(run)
+    sweep.step()
+    assert len(looked) <= retention.SWEPT + 1
+    for _ in range(12):
+        sweep.step()
+    assert len({path for path in looked if "requests/" in path}) == 60, "all of them in the end"

@@ -47,6 +47,7 @@ class World:
     """Data and models that pass."""
 
     def __init__(self, path: Path) -> None:
+        path.mkdir(exist_ok=True)
         self.data = path / "pairs.jsonl"
         self.data.touch()
         self.policy = model_folder(path / "policy")

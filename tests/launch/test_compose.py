@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +138,63 @@ def test_the_toy_world_can_lie_anywhere() -> None:
 def test_what_is_wrong_is_said_with_what_would_be_right(override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         composed(override)
-    import re
-
     assert re.search(message, str(error.value), re.DOTALL), str(error.value)
 
 
 def test_what_is_missing_is_said() -> None:
     with pytest.raises(UserError, match=r"data\.path: expected a preference dataset"):
-        compose([], Path("/base"))
+        compose([], Path.cwd())
+
+
+# ---------------------------------------------------------------------------------------------- files of one's own
+
+
+def profile(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_group_takes_a_file_of_ones_own(tmp_path: Path) -> None:
+    profile(tmp_path / "my site.yaml", "kind: slurm\njobs: {partition: a, environment: {A: '1'}}\n")
+    for given in ("my site.yaml", f"{tmp_path}/my site.yaml"):
+        overrides = [f"cluster={given}", "cluster.jobs.partition=b", "cluster.jobs.environment.B=2"]
+        found = compose([*MINIMUM, *overrides], tmp_path).cluster
+        assert (found.kind, found.jobs.partition, found.jobs.environment) == ("slurm", "b", {"A": "1", "B": "2"})
+
+
+def test_a_file_of_ones_own_may_start_from_a_shipped_one_and_fill_other_groups(tmp_path: Path) -> None:
+    mine = profile(tmp_path / "mine.yaml", "defaults: [devcluster, _self_]\ninterface: eth7\n")
+    found = composed(f"cluster={mine}").cluster
+    assert (found.name, found.interface) == ("devcluster", "eth7")
+    text = "# mine\n# @package _global_\ndefaults: [{override /method: bpo}]\nname: all\ntrainer: {tensor: 2}\n"
+    found = composed(f"experiment={profile(tmp_path / 'all.yaml', text)}")
+    assert (found.name, found.method.name, found.trainer.tensor) == ("all", "bpo", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cluster=.*mine.yaml: cannot read .*No such file"),
+        ("- a", "expected keys and values in .*mine.yaml, got '- a'"),
+        ("a: [", "cannot read .*mine.yaml as a configuration file: while parsing"),
+        ("partitoin: a", "Key 'partitoin' not in 'ClusterConfig'.*keys there: budgets, control, grace,"),
+        ("jobs: {partitoin: a}", "Key 'partitoin' not in 'JobRequest'.*keys there: account,"),
+        ("kind: pbs", "unknown cluster.kind 'pbs'; expected one of: local, slurm"),
+    ],
+)
+def test_a_file_of_ones_own_that_is_wrong(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    if text is not None:
+        profile(path, text)
+    with pytest.raises(UserError) as error:
+        composed(f"cluster={path}")
+    assert re.search(message, str(error.value), re.DOTALL), str(error.value)
+
+
+def test_a_cluster_alone_can_be_composed() -> None:
+    """As `metaapo doctor` does, before there is anything to run."""
+    found = compose(["cluster=devcluster"], Path("/base"), complete=False)
+    assert (found.cluster.name, found.data.path, found.model.policy) == ("devcluster", "", "")
 
 
 # ---------------------------------------------------------------------------------------------- an existing run
@@ -169,6 +220,19 @@ def test_resume_changes_operations(run: Run) -> None:
     assert run.operations_version() == 0, "nothing is written yet"
 
 
+def test_resume_and_replay_take_another_profile(run: Run, tmp_path: Path) -> None:
+    mine = profile(tmp_path / "mine.yaml", "kind: slurm\njobs: {python: /env/python}\n")
+    found = updated(run, ["cluster.interface=ib0", f"cluster={mine}"]).cluster
+    assert (found.kind, found.interface, found.jobs.python) == ("slurm", "ib0", "/env/python")
+    run.set_operations(updated(run, [f"cluster={mine}"]))
+    again = replayed(
+        [f"replay_from={run.root}", "run=again", "cluster=local", "inference=cpu", "inference.max_model_len=2048"],
+        Path("/base"),
+    )
+    assert (again.cluster.kind, again.cluster.jobs.python) == ("local", sys.executable)
+    assert again.inference.dtype == "float32"
+
+
 @pytest.mark.parametrize(
     "key", ["data.path", "+data.path", "method.rounds", "seed", "model.policy", "evaluation.reward", "replay_from"]
 )
@@ -188,7 +252,9 @@ def test_resume_refuses_keys_of_the_identity_by_name(run: Run, key: str) -> None
         ("inference.workers.more=3", "unknown configuration key 'inference.workers.more'"),
         ("inference.workers=many", "inference.workers: expected int, got 'many'"),
         ("inference.workers=0", "needs at least 1, got 0"),
-        ("inference=3", "inference: expected a group of keys, got 3"),
+        ("inference=3", "inference=3: Config group override must be a string"),
+        ("inference=tpu", "Available options in 'inference': cpu gpu"),
+        ("experiment=quickstart", "unknown configuration key 'experiment'; expected one of: cluster"),
         ("trainer.recompute=some", "unknown trainer.recompute 'some'; expected one of: full, none, selective"),
         ("inference.workers", "expected key=value, got 'inference.workers'"),
         ("~inference.workers", "expected key=value, got '~inference.workers'"),

@@ -423,7 +423,7 @@ class Adapter:
     def room(self):
         return None
     def cancel(self, attempts, kill=False):
-        raise AssertionError("there is nothing to kill")
+        pass
 
 run = Run.open(root, who)
 try:

@@ -190,15 +190,30 @@ class Sketch:
         self.run.records.publish(layout.meta_batch(boundary), {"boundary": boundary}, table=table)
 
     def attempt(
-        self, slot: str, number: int, name: str, end: dict[str, Any] | None = None, started: bool = True
+        self,
+        slot: str,
+        number: int,
+        name: str,
+        end: dict[str, Any] | None = None,
+        started: bool = True,
+        gpus: int = 0,
     ) -> None:
         publish = self.run.records.publish
         intent = {"attempt": name, "slot": slot, "number": number, "incarnation": 0, "progress": [], "code": "c"}
+        intent |= {"gpus": gpus}
         publish(layout.job(slot, number, "intent"), intent)
         if started:
             publish(layout.job(slot, number, "start"), {"kind": "started", "job": "1", "host": "node-1"})
         if end is not None:
             publish(layout.job(slot, number, "end"), end)
+
+    def log(self, slot: str, number: int, name: str, rank: int, text: str, job: str = "1") -> Path:
+        """The log of an attempt's rank."""
+        folder = self.root / "logs" / slot / f"{number:04d}-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{job}_{rank}_log.out"
+        path.write_text(text)
+        return path
 
     def metrics(self, slot: str, attempt: str, lines: list[dict[str, Any]]) -> None:
         directory = self.root / "metrics"
@@ -241,7 +256,13 @@ class Sketch:
         self.evaluation(3, [2.0, 2.0, 4.0, 4.0], [1.0, 1.0, 1.0, 1.0], tokens=3)
         self.meta_batch(1, [(-1.0, 0.9, 0.4, 0.15), (-0.5, 0.6, 0.5, 0.15)])
         self.meta_batch(2, [(-0.2, 0.3, 0.8, 0.85)])
-        self.attempt("trainer", 0, "aaa", {"outcome": "died", "kind": "crash", "message": "gone <away>"})
+        self.attempt(
+            "trainer",
+            0,
+            "aaa",
+            {"outcome": "died", "kind": "crash", "message": "gone <away>", "seconds": 1800.0},
+            gpus=4,
+        )
         self.attempt("trainer", 1, "bbb", {"outcome": "done"})
         self.attempt("worker-000", 0, "ccc", {"outcome": "done"})
         first = [{"time": 100.0, "kind": "start", "step": 0, "round": 0}]

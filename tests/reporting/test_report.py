@@ -69,6 +69,7 @@ def test_a_finished_run(text: str) -> None:
     for title in ("Rounds", "Policies", "Gate and meta-learner", "Training", "Where the time went", "Attempts"):
         assert f"<h2>{title}</h2>" in text
     assert text.count("<svg") == 13
+    assert "2.0 GPU-hours, 3 attempts, 1 died" in found.text and "Deaths by kind: 1 crash." in found.text
     assert "version 2" in text and "method.shard_size" in text and "crash: gone <away>" in found.text
 
 

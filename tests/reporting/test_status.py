@@ -16,9 +16,9 @@ from toolkit.reporting.pace import pace
 from toolkit.reporting.progress import Settled, trained_shards
 
 
-def shown(found: dict, width: int = 80) -> str:
+def shown(found: dict, width: int = 80, age: float = 2.0) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(status.render(found, 2.0))
+    console.print(status.render(found, age))
     return console.export_text()
 
 
@@ -164,19 +164,87 @@ def test_a_damaged_record_is_a_warning(halfway: Sketch) -> None:
 
 
 def test_outcome_and_jobs(finished: Sketch) -> None:
-    jobs = [{"slot": "trainer", "number": 1, "attempt": "bbb", "outcome": "failed", "message": "no [disk]"}]
-    jobs += [
-        {"slot": f"worker-{n:03d}", "number": 0, "attempt": "x", "outcome": "running", "message": None}
-        for n in range(9)
-    ]
+    jobs = [job("trainer", "failed", number=1, message="no [disk]")]
+    jobs += [job(f"worker-{n:03d}", "running") for n in range(9)]
     found = status.collect(finished.reopen(), {"jobs": jobs})
     assert found["outcome"] == "finished" and found["seconds_left"] is None
     assert json.loads(json.dumps(found)) == found
     text = shown(found)
-    assert "finished" in text and "trainer (attempt 2) failed" in text and "no [disk]" in text
+    assert "finished" in text and "trainer (attempt 1) failed" in text and "no [disk]" in text
     assert "9 workers 9 running" in text and "worker-003" not in text
     assert status.line(found).startswith("finished: ")
-    assert status.collect(finished.reopen(), {}, found)["jobs"] == jobs
+    assert status.collect(finished.reopen(), {}, found)["jobs"] == found["jobs"]
+
+
+def job(slot: str, outcome: str, reason: str | None = None, **values: object) -> dict:
+    """What the control plane says of a job."""
+    facts = {"slot": slot, "number": 0, "attempt": "x", "outcome": outcome, "kind": None, "message": None, "job": "7"}
+    return facts | {"reason": reason} | values
+
+
+def test_the_data_that_waits_for_each_stage(halfway: Sketch) -> None:
+    found = status.collect(halfway.reopen(), {})
+    # of round 1 all is done; of round 2 one shard is sampled and not judged; policy 2 is not evaluated
+    assert found["waiting"] == {"gate": 0, "sample": 0, "judge": 1, "train": 0, "evaluate": 1}
+    assert "waiting 1 shard to judge, 1 policy to evaluate" in shown(found)
+    halfway.scores(2, 1)
+    halfway.annotations(2, 0, {"r2-0": "pair"})
+    found = status.collect(halfway.reopen(), {}, found)
+    assert found["waiting"] == {"gate": 1, "sample": 0, "judge": 0, "train": 1, "evaluate": 1}
+    halfway.requests(2, 1, [True] * 4)
+    found = status.collect(halfway.reopen(), {}, found)
+    assert found["waiting"] == {"gate": 0, "sample": 1, "judge": 0, "train": 1, "evaluate": 1}
+    assert "waiting 1 shard to sample, 1 to train, 1 policy to evaluate" in shown(found)
+    halfway.run.close("cancelled", "by hand")
+    assert "waiting" not in shown(status.collect(halfway.reopen(), {}, found))
+
+
+def test_pending_jobs_say_why_in_plain_words(halfway: Sketch) -> None:
+    jobs = [job("trainer", "pending", "Resources"), job("sidecar", "running")]
+    jobs += [job(f"worker-{n:03d}", "pending", "Priority") for n in range(12)]
+    jobs[-1] = job("worker-011", "pending", "SomethingNew")
+    found = status.collect(halfway.reopen(), {"jobs": jobs})
+    assert [entry["waits_for"] for entry in found["jobs"][:2]] == ["the nodes that it needs are busy (Resources)", None]
+    text = " ".join(shown(found).split())
+    assert "trainer: the nodes that it needs are busy (Resources)" in text
+    assert (
+        "worker-000, worker-001, worker-002, worker-003 and 7 more: jobs of higher priority are ahead of it (Priority)"
+        in text
+    )
+    assert "worker-011: SomethingNew" in text and "12 workers 12 pending" in text
+
+
+def test_equal_failures_are_one_line_and_many_are_cut(halfway: Sketch) -> None:
+    jobs = [job(f"worker-{n:03d}", "died", message="it was preempted\nby x") for n in range(9)]
+    jobs += [job(f"worker-{n:03d}", "died", message=f"message {n}") for n in range(10, 20)]
+    lines = shown(status.collect(halfway.reopen(), {"jobs": jobs})).splitlines()
+    assert sum("it was preempted" in line for line in lines) == 1 and not any("by x" in line for line in lines)
+    assert sum("message 1" in line for line in lines) == terminal.SHOWN_MESSAGES - 1 and "and 7 more" in lines
+
+
+def test_what_the_run_has_cost(halfway: Sketch) -> None:
+    control = {"jobs": [], "deaths": {"preempted": 3, "node": 1}, "gpu_hours": 1234.56, "avoided": ["n7", "n9"]}
+    found = status.collect(halfway.reopen(), control)
+    assert "deaths 3 preempted, 1 node  GPU-hours 1,234.6  nodes avoided n7, n9" in shown(found)
+    again = status.collect(halfway.reopen(), {}, found)
+    assert {key: again[key] for key in control} == control
+    assert "GPU-hours" not in shown(status.collect(halfway.reopen(), {}))
+
+
+def test_an_old_status_of_an_open_run_says_what_to_do(halfway: Sketch) -> None:
+    found = status.collect(halfway.reopen(), {})
+    assert "metaapo tick" not in shown(found, age=terminal.QUIET - 1)
+    assert "nobody has ticked this run for 2 h 0 m" in shown(found, age=7200.0)
+    halfway.run.close("cancelled", "by hand")
+    assert "metaapo tick" not in shown(status.collect(halfway.reopen(), {}), age=7200.0)
+
+
+def test_a_scheduler_that_does_not_answer_and_jobs_that_it_does_not_have_are_warned_of(halfway: Sketch) -> None:
+    found = status.collect(halfway.reopen(), {"jobs": [], "gone": ["trainer"], "unanswered": "squeue is slow"})
+    text = " ".join(shown(found).split())
+    assert "does not answer (squeue is slow)" in text and "no job any more of: trainer" in text
+    later = status.collect(halfway.reopen(), {"jobs": []}, found)
+    assert (later["gone"], later["unanswered"], later["warnings"]) == ([], None, [])
 
 
 def test_the_table_fits_80_columns(halfway: Sketch) -> None:

@@ -67,6 +67,8 @@ def test_attempts_and_wall_time(finished: Sketch) -> None:
         ("worker-000", 0, "done"),
     ]
     assert found["attempts"][0]["message"] == "gone <away>"
+    assert found["deaths"] == {"crash": 1}
+    assert found["gpu_hours"] == 2.0  # 4 GPUs for half an hour; the others had none
     seconds = run.closing().written - run.records.require(layout.IDENTITY).written
     assert found["wall_seconds"] == pytest.approx(seconds, abs=0.06)
 
@@ -113,6 +115,7 @@ def test_the_table_of_rounds(finished: Sketch) -> None:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(summary.render_rounds(summary.summarise_run(finished.reopen())))
     text = console.export_text()
+    assert "2.0 GPU-hours; deaths: 1 crash." in text
     assert "3 (38%)" in text and "1.000 ±0.000" in text and "0 (warm)" in text
     assert (
         "gold reward 0.250 -> 1.000 (+0.750 ±0.250 on the same prompts)." in text

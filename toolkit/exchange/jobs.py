@@ -7,9 +7,11 @@ Heartbeats are hints: one file per slot, replaced in place, believed only while 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,13 +74,25 @@ class Heartbeat:
     root: Path
     slot: str
     attempt: str
+    working_on: list[str] = field(default_factory=list)
     counter: int = 0
 
-    def beat(self, working_on: list[str]) -> None:
+    def start(self, every: float) -> None:
+        """Beat every so many seconds, in a thread of its own, until this process ends."""
+
+        def keep() -> None:
+            while True:
+                with contextlib.suppress(OSError):  # a full disk is met where something is published
+                    self.beat()
+                time.sleep(every)
+
+        threading.Thread(target=keep, daemon=True).start()
+
+    def beat(self) -> None:
         self.counter += 1
         path = self.root / "heartbeats" / f"{self.slot}.json"
         path.parent.mkdir(exist_ok=True)
-        body = {"attempt": self.attempt, "counter": self.counter, "working_on": working_on}
+        body = {"attempt": self.attempt, "counter": self.counter, "working_on": self.working_on}
         filesystem.replace(path, json.dumps(body).encode())
 
 

@@ -88,6 +88,11 @@ def annotations(round_index: int, shard: int) -> Ref:
     return _sharded(round_index, "annotations", shard)
 
 
+def training(round_index: int, shard: int) -> str:
+    """What a trainer says that it is working on. No record's name, but made like one."""
+    return str(_sharded(round_index, "training", shard))
+
+
 def meta_batch(boundary: int) -> Ref:
     return Ref(f"meta/{boundary // BUCKET:03d}", f"{boundary:06d}")
 

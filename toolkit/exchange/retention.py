@@ -1,15 +1,32 @@
-"""Deletion: only by the tick, after a deletion record and a grace period, and never of anything a winner names."""
+"""Deletion: only by the tick, and never of anything a valid record names.
+
+What a record named is removed after a deletion record and a grace period. What no record can name any more, because another
+writer has taken the name, is removed after the grace period without one: it was never part of the run.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import random
+import re
 import shutil
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
-from toolkit.exchange import layout, lineage
-from toolkit.exchange.records import Ref
+from toolkit.errors import UserError
+from toolkit.exchange import layout, series
+from toolkit.exchange.records import Ref, decode
 from toolkit.exchange.run import Run
+
+# What one process writes for a publication: `Records.publish`, and the private names of `filesystem`.
+DATA = re.compile(r"(?P<record>.+\.g\d+)\.(?P<writer>[^.]+\.[0-9a-f]{6})(\..+)?")
+PRIVATE = re.compile(r"\..+\.[0-9a-f]{12}")
+SWEPT = 8  # directories looked at in one go
+NOT_OURS = {"code", "logs", "metrics", "tensorboard"}  # nothing is published there
 
 
 def collect_garbage(run: Run) -> list[str]:
@@ -23,8 +40,7 @@ def collect_garbage(run: Run) -> list[str]:
         The names of the records whose files were removed now, and of the directories that were no record's.
     """
     removed = []
-    # The oldest first, so that an interruption leaves none behind.
-    for name, directory in [*reversed(_expendable(run)), *_abandoned(run)]:
+    for name, directory in [*_checkpoints(run), *_policies(run)]:
         record, _ = run.records.publish(_announcement(name), {"record": name, "directory": directory.name})
         if time.time() - record.written >= run.config.retention.grace:
             _remove(run.root, directory)
@@ -41,39 +57,44 @@ def _announcement(name: str) -> Ref:
     return Ref("deletions", name.replace("/", "~"))
 
 
-def _expendable(run: Run) -> list[tuple[str, Path]]:
-    """Names and directories of old checkpoints and policies, each kind from new to old."""
-    if run.records.find(layout.PAIRS) is None:
-        return []
-    keep = run.config.retention
-    found: list[tuple[str, Path]] = []
-    newest = lineage.newest(run.records)
-    if newest is not None:
-        for number in range(lineage.sequence(newest) - keep.checkpoints, -1, -1):
-            directory = _directory(run, layout.checkpoint(number))
-            if directory is None or not directory.is_dir():
-                break  # older ones are gone already
-            found.append((str(layout.checkpoint(number)), directory))
-    version = run.newest_policy()
-    if version is not None:
-        for number in range(version - keep.policies, 0, -1):
-            directory = _directory(run, layout.policy(number))
-            if directory is None or not directory.is_dir() or number >= version - 1:
-                continue
-            if not run.config.evaluates or run.records.find(layout.evaluation(number)) is not None:
-                found.append((str(layout.policy(number)), directory))
-    return found
+def _checkpoints(run: Run) -> Iterator[tuple[str, Path]]:
+    """Names and directories of checkpoints that nobody goes back to, and of what never became one, or was condemned."""
+    keep = run.config.retention.checkpoints
+    kept = list(islice(series.valid(run.records.find, run.root, layout.checkpoint), keep))
+    oldest = series.number(kept[-1]) if len(kept) == keep else 0
+    for number, directory in _staged(run.root, layout.checkpoint):
+        ref = layout.checkpoint(number)
+        winner = _directory(run, ref)
+        if winner == directory and number < oldest:
+            yield str(ref), directory
+        elif winner != directory and (winner is not None or number < oldest):
+            yield f"{ref.directory}/{directory.name}", directory
 
 
-def _abandoned(run: Run) -> list[tuple[str, Path]]:
-    """Staged directories whose record was published by another attempt: no record will ever name them."""
-    found = []
-    for kind in (layout.checkpoint(0).directory, layout.policy(0).directory):
-        for directory in sorted(path for path in (run.root / kind).glob("*") if path.is_dir()):
-            winner = _directory(run, Ref(kind, directory.name.partition(".")[0]))
-            if winner not in (None, directory):
-                found.append((f"{kind}/{directory.name}", directory))
-    return found
+def _policies(run: Run) -> Iterator[tuple[str, Path]]:
+    """Names and directories of policies that nobody loads any more, and of what never became one."""
+    newest = run.newest_policy()
+    for number, directory in _staged(run.root, layout.policy):
+        ref = layout.policy(number)
+        winner = _directory(run, ref)
+        if winner == directory and _is_expendable(run, number, newest):
+            yield str(ref), directory
+        elif winner not in (None, directory):
+            yield f"{ref.directory}/{directory.name}", directory
+
+
+def _is_expendable(run: Run, version: int, newest: int | None) -> bool:
+    """Whether a policy is none of the newest, not the first, which is a reference, and was evaluated."""
+    if newest is None or version == 0 or version > newest - max(run.config.retention.policies, 2):
+        return False
+    return not run.config.evaluates or run.records.find(layout.evaluation(version)) is not None
+
+
+def _staged(root: Path, of: series.Series) -> list[tuple[int, Path]]:
+    """The directories that were staged for records of a series, with their numbers, oldest first."""
+    name = re.compile(r"(\d+)\.[^.]+\.[0-9a-f]{6}")
+    entries = (root / of(0).directory).glob("*")
+    return sorted((int(match[1]), path) for path in entries if (match := name.fullmatch(path.name)) and path.is_dir())
 
 
 def _directory(run: Run, ref: Ref) -> Path | None:
@@ -89,3 +110,60 @@ def _remove(root: Path, directory: Path) -> None:
         raise ValueError(f"{directory} is not inside the run {root}")
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(directory)
+
+
+class Sweep:
+    """Removes the small files that killed and beaten writers left beside records, a few directories at a time.
+
+    Held by whoever ticks. Each process goes through the directories in an order of its own, so that those that tick only once
+    see all of them too. A file goes when no record can name it any more: its record, of the same generation, was published
+    by another writer; or when it is the private copy that every publication makes and unlinks.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._listings = _listings(run.root)
+
+    def step(self) -> list[Path]:
+        """Look at the next few directories. Returns what was removed."""
+        removed = []
+        listings = list(islice(self._listings, SWEPT))
+        if len(listings) < SWEPT:
+            self._listings = _listings(self.run.root)  # from the start, next time
+        for directory, names in listings:
+            for path in _garbage(directory, names):
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime >= self.run.config.retention.grace:
+                        path.unlink()
+                        removed.append(path)
+        return removed
+
+
+def _listings(directory: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The names in a directory and in all below it that records lie in, those side by side in random order."""
+    try:
+        with os.scandir(directory) as found:
+            entries = list(found)
+    except FileNotFoundError:
+        return
+    yield directory, [entry.name for entry in entries]
+    random.shuffle(entries)
+    for entry in entries:
+        if "." not in entry.name and entry.name not in NOT_OURS and entry.is_dir(follow_symlinks=False):
+            yield from _listings(directory / entry.name)
+
+
+def _garbage(directory: Path, names: Sequence[str]) -> Iterator[Path]:
+    """What no record will name among the files of a directory."""
+    written: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # by record and writer
+    for name in names:
+        if PRIVATE.fullmatch(name):
+            yield directory / name
+        elif match := DATA.fullmatch(name):
+            written[match["record"]][match["writer"]].append(name)
+    for record, writers in written.items():
+        if len(writers) > 1:  # of one alone there is nothing to collect: it published, or may still do so
+            path = directory / f"{record}.json"
+            with contextlib.suppress(FileNotFoundError, UserError):
+                named = {entry.path for entry in decode(path, path.read_bytes()).files}
+                yield from (directory / name for own in writers.values() for name in own if name not in named)

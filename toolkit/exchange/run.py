@@ -16,7 +16,7 @@ import pyarrow as pa
 from toolkit import config as configuration
 from toolkit.config import Config
 from toolkit.errors import UserError
-from toolkit.exchange import layout, tables
+from toolkit.exchange import layout, series, tables
 from toolkit.exchange.plan import Plan
 from toolkit.exchange.records import Manifest, Records, Superseded
 
@@ -120,10 +120,12 @@ class Run:
         return configuration.build(Config, identity | operations)
 
     def operations_version(self) -> int | None:
-        version = None
-        while self.records.find(layout.operations(0 if version is None else version + 1)) is not None:
-            version = 0 if version is None else version + 1
-        return version
+        """The newest version of the operations half."""
+        return self._newest(layout.operations)
+
+    def _newest(self, of: series.Series) -> int | None:
+        manifest = series.newest(self.records, of)
+        return None if manifest is None else series.number(manifest)
 
     def set_operations(self, config: Config) -> None:
         """Append a version of the operations half, if it differs from the newest."""
@@ -137,10 +139,7 @@ class Run:
 
     def current_incarnation(self) -> int | None:
         """The newest opened incarnation."""
-        number = None
-        while self.records.find(layout.opened(0 if number is None else number + 1)) is not None:
-            number = 0 if number is None else number + 1
-        return number
+        return self._newest(layout.opened)
 
     def closing(self, incarnation: int | None = None) -> Manifest | None:
         """The record that closed an incarnation (default: the newest), or None while it is open.
@@ -221,10 +220,7 @@ class Run:
 
     def newest_policy(self) -> int | None:
         """The newest published policy version."""
-        version = None
-        while self.records.find(layout.policy(0 if version is None else version + 1)) is not None:
-            version = 0 if version is None else version + 1
-        return version
+        return self._newest(layout.policy)
 
     def finished(self) -> bool:
         """Whether training is over: the last policy is published."""

@@ -90,9 +90,7 @@ def _bytes(run: Run, found: Findings) -> None:
     for path in manifests(run.root):
         name = path.relative_to(run.root)
         if path.name.endswith(".tombstone.json"):
-            found.notes.append(
-                f"{name.with_name(path.name.removesuffix('.tombstone.json'))} was condemned and made again"
-            )
+            found.notes.append(f"{name.with_name(path.name.removesuffix('.tombstone.json'))} was condemned")
             continue
         if path.with_name(path.name.removesuffix(".json") + ".tombstone.json").exists():
             continue
@@ -120,10 +118,14 @@ def _lineage(run: Run, found: Findings) -> None:
     for manifest in lineage.chain(run.records):
         attributes, name = manifest.attributes, str(manifest.ref)
         found.counts["checkpoints"] += 1
-        if attributes["parent"] != (None if previous is None else previous.digest):
-            found.problems.append(f"{name}: its parent is not the checkpoint before it")
+        below = 0 if previous is None else lineage.sequence(previous) + 1
         expected = 0 if previous is None else previous.attributes["step"]
-        if attributes["first_step"] != expected or attributes["step"] < expected:
+        if lineage.sequence(manifest) != below:
+            missing = f"{layout.checkpoint(below)}: missing or not readable"
+            found.problems.append(f"{missing}, so nothing proves what {name} was trained from")
+        elif attributes["parent"] != (None if previous is None else previous.digest):
+            found.problems.append(f"{name}: its parent is not the checkpoint before it")
+        elif attributes["first_step"] != expected or attributes["step"] < expected:
             found.problems.append(
                 f"{name}: covers steps {attributes['first_step']} to {attributes['step']}, expected from {expected}"
             )

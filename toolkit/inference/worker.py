@@ -4,7 +4,6 @@ are advice: two that do the same shard publish the same record, and the second o
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -42,7 +41,6 @@ class Worker:
         self.metrics = MetricsWriter(run.root, slot, run.attempt)
         self.heartbeat = Heartbeat(run.root, slot, run.attempt)
         self.observer = Observer(run.root, 4 * self.config.inference.heartbeat)
-        self.working_on: list[str] = []
         self.version: int | None = None  # of the policy loaded
         self.newest = -1
         self.open: tuple[int, list[int]] = (-1, [])  # a round and its shards not known to be done
@@ -51,7 +49,7 @@ class Worker:
 
     def work(self) -> str:
         """The loop. Returns ``done``, ``saved`` or ``starved``."""
-        threading.Thread(target=self._beat, daemon=True).start()
+        self.heartbeat.start(self.config.inference.heartbeat)
         busy = time.monotonic()
         while not self.stop.is_set():
             if self.run.closing(self.run.incarnation) is not None:
@@ -63,11 +61,6 @@ class Worker:
             else:
                 self.stop.sleep(self.config.inference.poll)
         return "saved"
-
-    def _beat(self) -> None:
-        while not self.stop.is_set():
-            self.heartbeat.beat(self.working_on)
-            self.stop.sleep(self.config.inference.heartbeat)
 
     def _turn(self) -> bool:
         """Do one piece of work. False if there is none."""
@@ -87,12 +80,10 @@ class Worker:
 
     @contextmanager
     def _claim(self, ref: Ref) -> Iterator[None]:
-        self.working_on = [str(ref)]
-        self.heartbeat.beat(self.working_on)
-        try:
-            yield
-        finally:
-            self.working_on = []
+        self.heartbeat.working_on = [str(ref)]
+        self.heartbeat.beat()
+        yield  # what it died at stays written
+        self.heartbeat.working_on = []
 
     def _candidates(self) -> Iterator[tuple[Ref, Callable[[], None]]]:
         """What could be done now, the most wanted first: what lies sampled, what the trainer waits for, then evaluation."""

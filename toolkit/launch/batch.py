@@ -10,11 +10,13 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
+from toolkit.cluster import JobRequest
 from toolkit.errors import UserError
 from toolkit.launch.adapter import Busy, JobSpec
 from toolkit.launch.job import ATTEMPT, run_job
@@ -70,7 +72,7 @@ class _Executor(SlurmExecutor):
             "setup": self._setup(),
             "srun_args": self._srun(),
         }
-        self.update_parameters(**{key: value for key, value in named.items() if value is not None})
+        self.update_parameters(**{key: value for key, value in named.items() if value not in (None, "")})
 
     @classmethod
     def affinity(cls) -> int:
@@ -96,9 +98,7 @@ class _Executor(SlurmExecutor):
             "SLURM_EXPORT_ENV": "ALL",  # where sbatch exports nothing, srun would do likewise with what is set here
         }
         return [
-            *request.setup,
-            *(f"export {key}={shlex.quote(value)}" for key, value in exports.items()),
-            *(f'export {key}="{_expandable(value)}"' for key, value in request.environment.items()),
+            *preamble(request, exports),
             f"export {DEADLINE}=$((${{SLURM_JOB_END_TIME:-$(($(date +%s) + {seconds}))}} - {int(job.margin)}))",
             "# submitit renames the pickle after sbatch has returned; a submitter that died in between left it here",
             f'pickle={folder}/"$SLURM_JOB_ID"_submitted.pkl; [ -e "$pickle" ] || cp {folder}/????????????????????????????????.pkl "$pickle"',
@@ -127,6 +127,15 @@ class _Executor(SlurmExecutor):
         script.write_text(self._make_submission_file_text(command, ""), encoding="utf-8")
         job_id = sbatch(self.job, script, self.timeout)
         return SlurmJob(folder=self.folder, job_id=job_id, tasks=list(range(self.job.tasks)))
+
+
+def preamble(request: JobRequest, exports: Mapping[str, str]) -> list[str]:
+    """Lines of bash before a role's Python: the profile's setup, ``exports`` as they are, the profile's variables."""
+    return [
+        *request.setup,
+        *(f"export {key}={shlex.quote(value)}" for key, value in exports.items()),
+        *(f'export {key}="{_expandable(value)}"' for key, value in request.environment.items()),
+    ]
 
 
 def _expandable(value: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,37 @@ def config_directory() -> Path:
     )
 
 
-def compose(overrides: list[str], base: Path) -> Config:
+def config_groups() -> list[str]:
+    """The groups that configuration files fill."""
+    return sorted(path.name for path in config_directory().iterdir() if path.is_dir())
+
+
+def compose(overrides: list[str], base: Path, complete: bool = True) -> Config:
     """The configuration of a new run.
 
     Args:
-        overrides: hydra overrides, ``experiment=quickstart data.path=…``.
+        overrides: hydra overrides, ``experiment=quickstart data.path=…``. A group takes one of its shipped files by name, or any
+            file of one's own by its path: ``cluster=my-site.yaml``.
         base: what relative paths in it are relative to.
+        complete: False: data and models may be missing, and no value is checked.
 
     Raises:
         UserError: an unknown key, group or value (the valid ones are listed), or a missing one.
     """
+    values = _values(overrides, base)
+    del values["toy"]
+    given = configuration.build(Config, values)
+    config = resolved(given, base)
+    # what is not named stays so: as a relative path, "" would be ``base`` itself
+    config = config if given.data.path else dataclasses.replace(config, data=given.data)
+    config = config if given.model.policy else dataclasses.replace(config, model=given.model)
+    if complete:
+        configuration.validate(config)
+    return config
+
+
+def _values(overrides: list[str], base: Path) -> dict[str, Any]:
+    """What hydra makes of overrides."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -42,16 +64,42 @@ def compose(overrides: list[str], base: Path) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name="schema", node=_Root)
+    given = [_opened(_named(override, base)) for override in overrides]
     try:
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
-            composed = hydra_compose("config", [_opened(override) for override in overrides])
+            composed = hydra_compose("config", given)
         values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, overrides)) from error
-    del values["toy"]
-    config = resolved(configuration.build(Config, values), base)
-    configuration.validate(config)
-    return config
+    return values
+
+
+def _named(override: str, base: Path) -> str:
+    """An override that gives a group a file of the user's own, with a name by which hydra finds that file.
+
+    Raises:
+        UserError: the file is not there, or is no configuration.
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    group, _, value = override.partition("=")
+    if not value.endswith((".yaml", ".yml")) or group.lstrip("+") not in config_groups():
+        return override
+    path = base / Path(value).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = OmegaConf.create(text)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{override}: cannot read {path} as a configuration file: {error}") from error
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{override}: expected keys and values in {path}, got {text[:40]!r}")
+    name = re.sub(r"\W", "_", str(path))
+    package = re.search(r"^# *@package +(\S+)", text, re.MULTILINE)
+    ConfigStore.instance().store(group=group.lstrip("+"), name=name, node=node, package=package[1] if package else None)
+    return f"{group}={name}"
 
 
 @dataclasses.dataclass
@@ -72,9 +120,11 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     """Hydra's complaint in one sentence, with the keys that exist where the wrong one was looked for."""
     detail = f"{error} {error.__cause__ or ''}"  # what hydra says of a value, its cause says of its type
     message = " ".join(line.strip() for line in detail.splitlines()[:30] if line.strip())
+    named = re.search(r"full_key: (\S+)", message)  # where it is a key of a file
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0]
         if key and key in str(error):
+            key = named[1] if named and key in config_groups() else key
             known: Any = _Root
             for part in key.split(".")[:-1]:
                 hints = {field.name: field for field in dataclasses.fields(known)}
@@ -83,13 +133,12 @@ def _explain(error: Exception, overrides: list[str]) -> str:
                 default = hints[part].default_factory
                 known = default if dataclasses.is_dataclass(default) else known
             names = ", ".join(sorted(field.name for field in dataclasses.fields(known)))
-            groups = ", ".join(sorted(path.name for path in config_directory().iterdir() if path.is_dir()))
-            return f"{override}: {message}\n  keys there: {names}\n  groups: {groups}"
-    return message
+            return f"{override}: {message}\n  keys there: {names}\n  groups: {', '.join(config_groups())}"
+    return f"{overrides[0]}: {message}" if len(overrides) == 1 else message
 
 
 def updated(run: Run, overrides: list[str]) -> Config:
-    """A run's configuration with some operations keys changed.
+    """A run's configuration with some operations keys changed; ``cluster=NAME`` or ``cluster=FILE`` takes another profile.
 
     Raises:
         UserError: a key of the identity half (it is immutable), an unknown key, a bad value.
@@ -100,7 +149,7 @@ def updated(run: Run, overrides: list[str]) -> Config:
                 f"{key} belongs to the identity of {run.root} and cannot change: its records were made with it. "
                 f"Start another run for that. These can change: {', '.join(configuration.OPERATIONS)}"
             )
-    return resolved(_overridden(dataclasses.asdict(run.config), overrides), Path.cwd())
+    return _overridden(dataclasses.asdict(run.config), overrides, Path.cwd())
 
 
 def replayed(overrides: list[str], base: Path) -> Config:
@@ -115,7 +164,7 @@ def replayed(overrides: list[str], base: Path) -> Config:
             )
     if "run" not in changed:
         raise UserError("a replay needs a directory of its own: run=DIR")
-    return resolved(_overridden(dataclasses.asdict(original.config), overrides), base)
+    return _overridden(dataclasses.asdict(original.config), overrides, base)
 
 
 def _parsed(overrides: list[str]) -> list[tuple[str, Any]]:
@@ -140,34 +189,18 @@ def _parsed(overrides: list[str]) -> list[tuple[str, Any]]:
     return found
 
 
-def _cluster(name: str) -> dict[str, Any]:
-    """A cluster profile by name: where a run goes on, or is replayed, may be another place."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-
-    ConfigStore.instance().store(name="schema", node=_Root)
-    try:
-        with initialize_config_dir(str(config_directory()), version_base="1.3"):
-            composed = hydra_compose("config", [f"cluster={name}"])
-    except HydraException as error:
-        raise UserError(_explain(error, [f"cluster={name}"])) from error
-    found: Any = OmegaConf.to_container(composed.cluster, resolve=True)
-    return found
-
-
-def _overridden(values: dict[str, Any], overrides: list[str]) -> Config:
-    """A configuration with leaf keys replaced.
+def _overridden(values: dict[str, Any], overrides: list[str], base: Path) -> Config:
+    """A configuration with groups taken anew from their files, then leaf keys replaced.
 
     Raises:
         UserError: an unknown key (those that exist there are listed), or a bad value.
     """
-    for key, value in _parsed(overrides):
-        if key == "cluster" and isinstance(value, str):
-            values["cluster"] = _cluster(value)
-            continue
+    groups = set(configuration.OPERATIONS) & set(config_groups())
+    files = [override for override in overrides if override.partition("=")[0] in groups]
+    for override in files:
+        key = override.partition("=")[0]
+        values[key] = _values([override], base)[key]
+    for key, value in _parsed([override for override in overrides if override not in files]):
         group: Any = values
         *parents, leaf = key.split(".")
         for part in parents:
@@ -175,6 +208,6 @@ def _overridden(values: dict[str, Any], overrides: list[str]) -> Config:
         if not isinstance(group, dict):
             raise unknown("configuration key", key, values)
         group[leaf] = value
-    config = configuration.build(Config, values)
+    config = resolved(configuration.build(Config, values), base)
     configuration.validate(config)
     return config

@@ -184,8 +184,11 @@ def wait_for_roles(run: Run, patience: float) -> None:
             pause = min(10.0, 1.5 * pause)  # politely
 
 
-def cancel(run: Run) -> int:
+def cancel(run: Run, patience: float | None = None) -> int:
     """Close the incarnation, stop its jobs (they save first), and prove that none is left.
+
+    Args:
+        patience: seconds that the roles get to save and leave before they are killed.
 
     Returns:
         How many attempts were living.
@@ -197,7 +200,7 @@ def cancel(run: Run) -> int:
     if run.closing() is None:
         run.close("cancelled", "metaapo cancel")
     found = len(living(run, adapter(run.config)))
-    wait_for_roles(run, CANCEL_PATIENCE)
+    wait_for_roles(run, CANCEL_PATIENCE if patience is None else patience)
     ticking = Tick(run, adapter(run.config))  # records how they ended, and shows it
     ticking.supervise()
     ticking.advance()

@@ -1,9 +1,12 @@
-"""What attempts died of, and what follows: submit again, avoid a node, or stop the run and say why. Pure functions of attempts."""
+"""What attempts died of, and what follows: submit again, avoid a node, or stop the run and say why."""
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from toolkit.cluster import Budgets
@@ -108,6 +111,21 @@ def bad_nodes(histories: Iterable[Sequence[Attempt]], incarnation: int) -> tuple
             well.add(node)
     found = sorted(node for node, count in strikes.items() if count >= STRIKES and well - {node})
     return tuple(found) if len(found) <= AVOIDED else ()
+
+
+MEMORY = re.compile(rb"[^\n]*(?:[Ee]xceeded (?:job |step )?memory limit|oom[-_]kill|Out of memory|OutOfMemory)[^\n]*")
+TAIL = 16384  # bytes of a log's end that are looked at
+
+
+def memory_words(root: Path, attempt: Attempt) -> str:
+    """The line of an attempt's logs that says it died for lack of memory; Slurm's state does not always tell. Empty if none does."""
+    for path in sorted((root / "logs" / attempt.slot).glob(f"{attempt.number:04d}-{attempt.id}/*_log.out")):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL))
+            found = MEMORY.search(file.read())
+            if found:
+                return found.group().decode(errors="replace").strip()
+    return ""
 
 
 def by_kind(histories: Iterable[Sequence[Attempt]]) -> dict[str, int]:

@@ -1,22 +1,26 @@
-"""What the job that keeps a run going does beside its role: it has its successor queued, and it may host the sidecar.
+"""What the job that keeps a run going does beside its role: it hosts the sidecar, and clears the queue when the run is over.
 
 The keeper is the sidecar's job, or the trainer's where the sidecar has none of its own. Its successor waits in the queue for its end
-(afterany), whatever that end is: so wall time, preemption and crashes of the keeper need nobody on a login node.
+(afterany), whatever that end is (`Supervisor`): so wall time, preemption and crashes of the keeper need nobody on a login node.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 from toolkit.config import Config
+from toolkit.exchange import hints
 from toolkit.exchange.run import Run
 from toolkit.launch.adapter import adapter
 
 RESTART = 5.0  # seconds after which a hosted sidecar that ended is started again
+UNTENDED = 20  # looks at the scheduler missed after which the other jobs do the keeper's work
 
 
 def keeper(config: Config) -> str:
@@ -25,18 +29,22 @@ def keeper(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def sitting(run: Run, slot: str, number: int, job_id: str) -> Iterator[None]:
+def sitting(run: Run, slot: str, number: int) -> Iterator[None]:
     """Around a role's main, on the first rank of its attempt ``number``."""
-    cluster = run.config.cluster
     if slot != keeper(run.config):
+        threading.Thread(target=_watch, args=(run,), daemon=True).start()
         yield
         return
-    queues = cluster.kind != "local" and cluster.control == "job"
     with _hosted_sidecar(run, number) if slot == "trainer" else contextlib.nullcontext():
-        if queues:  # beside the role: a scheduler that hangs must not hold it up
-            threading.Thread(target=_queue_successor, args=(run, slot, number + 1, job_id), daemon=True).start()
         yield
-    if queues and run.closing(run.incarnation) is not None:
+        if (
+            slot == "trainer" and run.finished()
+        ):  # the sidecar has still to see the last evaluation in, and to close the run
+            deadline = time.monotonic() + run.config.trainer.idle_exit
+            while run.closing(run.incarnation) is None and time.monotonic() < deadline:
+                time.sleep(min(1.0, run.config.sidecar.poll))
+    cluster = run.config.cluster
+    if cluster.kind != "local" and cluster.control == "job" and run.closing(run.incarnation) is not None:
         from toolkit.launch.supervise import withdraw
 
         try:
@@ -45,14 +53,25 @@ def sitting(run: Run, slot: str, number: int, job_id: str) -> Iterator[None]:
             print(f"handover: {type(error).__name__}: {error}")
 
 
-def _queue_successor(run: Run, slot: str, number: int, job_id: str) -> None:
-    from toolkit.launch.supervise import submit
+def _watch(run: Run) -> None:
+    """Tick if nobody else does: a crashed controller may have lost both the keeper's job and its successor's."""
+    cluster, pace = run.config.cluster, run.config.sidecar.supervise
+    if cluster.kind == "local" or cluster.control != "job":
+        return
+    seen, since = 0.0, time.monotonic()
+    while run.closing(run.incarnation) is None:
+        time.sleep(pace * random.uniform(1.0, 2.0))
+        written = hints.status(run.root).get("written", 0.0)
+        if written != seen:
+            seen, since = written, time.monotonic()
+        elif time.monotonic() - since > UNTENDED * pace:
+            from toolkit.launch.tick import Tick
 
-    try:
-        fresh = Run.open(run.root, run.attempt)
-        submit(fresh, adapter(run.config), slot, number, int(run.incarnation or 0), after=job_id)
-    except Exception as error:  # the tick finds the slot empty when this job has ended
-        print(f"handover: {type(error).__name__}: {error}")
+            print("nobody keeps this run going: doing it from here")
+            with contextlib.suppress(Exception):  # tried again at the next turn
+                tick = Tick(Run.open(run.root, run.attempt), adapter(run.config))
+                tick.advance()
+                tick.supervise()
 
 
 @contextlib.contextmanager

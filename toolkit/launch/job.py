@@ -47,7 +47,7 @@ def play(root: Path, slot: str, number: int, job_id: str, rank: int, size: int) 
     started = time.monotonic()
     end: dict[str, Any] = {}
     try:
-        with sitting(run, slot, number, job_id) if rank == 0 else contextlib.nullcontext():
+        with sitting(run, slot, number) if rank == 0 else contextlib.nullcontext():
             end["outcome"] = _role(slot)(run, slot, number, rank, size, stop)
         return str(end["outcome"])
     except Superseded as error:

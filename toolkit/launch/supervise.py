@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from toolkit.cluster import request, role_of
 from toolkit.config import Config
@@ -20,11 +19,15 @@ from toolkit.exchange.run import Run
 from toolkit.launch import snapshot
 from toolkit.launch.adapter import Adapter, Busy, Job, JobSpec, State
 from toolkit.launch.attempts import Attempt, attempts, known_slots, progress, slots
-from toolkit.launch.deaths import bad_nodes, verdict
+from toolkit.launch.deaths import bad_nodes, memory_words, verdict
+from toolkit.launch.handover import keeper
 
-START_PATIENCE = 90.0  # seconds after which an attempt that neither started nor is known to the scheduler is given up
-LOST_PATIENCE = 300.0  # seconds without heartbeat after which a started attempt that nobody remembers is given up
+START_PATIENCE = (
+    30.0  # seconds, at least, after which an attempt that neither started nor is known to the scheduler is given up
+)
+LOST_BEATS = 20  # heartbeats missed after which a started attempt that the scheduler does not remember is given up
 BUSY_PATIENCE = 600.0  # seconds, at most, between two submissions of a slot for which the scheduler had no room
+UNSEEN = Job(State.UNKNOWN)
 FATAL = {  # reasons for which a job is pending for ever
     "PartitionTimeLimit": "its time_minutes exceed the partition's limit",
     "PartitionNodeLimit": "it asks for more nodes than the partition gives to a job",
@@ -50,7 +53,6 @@ class Supervisor:
         self.root, self.attempt, self.adapter = root, attempt, adapter
         self.histories: dict[str, list[Attempt]] = {}
         self.jobs: dict[str, Job] = {}  # by attempt, as of the last look
-        self._beats: dict[str, tuple[Any, float]] = {}  # of attempts nobody remembers: last heartbeat, when it moved
 
     def supervise(self) -> None:
         """Look at every slot once, and do what is due.
@@ -80,9 +82,11 @@ class Supervisor:
         self._dismiss(run, wanted)
         exclude = bad_nodes(self.histories.values(), incarnation)
         for slot in wanted:
+            number = len(self.histories[slot])
             if self._is_due(run, slot, incarnation):
-                number = len(self.histories[slot])
                 submit(run, self.adapter, slot, number, incarnation, exclude=exclude)
+            elif (before := self._predecessor(run, slot)) is not None:
+                submit(run, self.adapter, slot, number, incarnation, before, exclude)
         self._read(run)
 
     def _read(self, run: Run) -> None:
@@ -106,6 +110,8 @@ class Supervisor:
         if job.state is not State.GONE:
             self._kill([attempt])  # its first process is dead: the rest waits for nobody
         death = {"outcome": "died", "kind": job.kind, "message": job.message, "nodes": job.nodes}
+        if job.kind in ("crash", "cancelled", "unknown") and (words := memory_words(run.root, attempt)):
+            death |= {"kind": "resource", "message": f"{job.message}; its log says: {words}"}
         seconds = job.seconds if job.seconds is not None else time.time() - attempt.start.written
         death |= {"seconds": round(seconds, 1), "working_on": jobs.claims(run.root, attempt.slot, attempt.id)}
         run.records.publish(end, death)
@@ -121,19 +127,28 @@ class Supervisor:
         if job.state in (State.GONE, State.UNKNOWN):
             known = job.id is not None and job.state is State.GONE  # not just not there yet
             age = time.time() - attempt.intent.written
-            if known or age > START_PATIENCE or run.closing(attempt.incarnation) is not None:
+            if (
+                known
+                or age > max(START_PATIENCE, 1.5 * run.config.sidecar.supervise)
+                or run.closing(attempt.incarnation) is not None
+            ):
                 void(run, attempt, job.message if known else "never started", kind=job.kind if known else "unknown")
                 self.adapter.cancel([attempt.id], kill=True)
 
     def _is_lost(self, run: Run, attempt: Attempt) -> bool:
-        """Whether an attempt that the scheduler does not remember has shown no life for long, on this process's own clock."""
+        """Whether an attempt that the scheduler does not remember has shown no life for long.
+
+        Both times are the file server's, so no clocks are compared: that of the heartbeat (or start), and that of the last status.
+        """
+        assert attempt.start is not None
         beat = jobs.last_beat(run.root, attempt.slot)
-        mark = beat[:2] if beat is not None and beat[0] == attempt.id else None
-        seen, since = self._beats.get(attempt.id, (None, 0.0))
-        if attempt.id not in self._beats or seen != mark:
-            self._beats[attempt.id] = (mark, time.monotonic())
+        alive = beat is not None and beat[0] == attempt.id
+        sign = run.root / "heartbeats" / f"{attempt.slot}.json" if alive else attempt.start.path
+        try:
+            silence = (run.root / "status.json").stat().st_mtime - sign.stat().st_mtime
+        except OSError:
             return False
-        return time.monotonic() - since > LOST_PATIENCE
+        return silence > LOST_BEATS * run.config.inference.heartbeat
 
     def _kill(self, doomed: Iterable[Attempt]) -> None:
         names = [attempt.id for attempt in doomed]
@@ -163,18 +178,27 @@ class Supervisor:
         if reason is not None:
             run.close("failed", reason)
             raise UserError(reason)
+        met = [attempt for attempt in ours if not attempt.turned_away]
+        return self._has_room(run, ours) and _wanted(run, slot, met, incarnation)
+
+    def _predecessor(self, run: Run, slot: str) -> str | None:
+        """Id of the job behind which the keeper's successor is to be queued now, if it is not."""
+        cluster, history = run.config.cluster, self.histories[slot]
+        living = [attempt for attempt in history if not attempt.over]
+        if self.adapter.same_machine or cluster.control != "job" or slot != keeper(run.config) or len(living) != 1:
+            return None
+        [last] = living
+        running = last.start is not None and self.jobs.get(last.id, UNSEEN).state is State.RUNNING
+        return str(last.start.attributes["job"]) if running and self._has_room(run, history) and last.start else None
+
+    def _has_room(self, run: Run, history: Sequence[Attempt]) -> bool:
+        """Whether the scheduler is likely to take a job now: after refusals it is asked less and less often."""
         room = self.adapter.room()
-        if room is not None and room < 1:
-            return False
         refusals = 0
-        while refusals < len(ours) and ours[-1 - refusals].turned_away:
+        while refusals < len(history) and history[-1 - refusals].turned_away:
             refusals += 1
-        if refusals:
-            wait = min(BUSY_PATIENCE, run.config.sidecar.supervise * 2**refusals)
-            if time.time() - ours[-1].intent.written < wait:
-                return False
-            history = ours[:-refusals]
-        return _wanted(run, slot, history, incarnation)
+        wait = min(BUSY_PATIENCE, run.config.sidecar.supervise * 2**refusals) if refusals else 0.0
+        return (room is None or room > 0) and (not refusals or time.time() - history[-1].intent.written > wait)
 
 
 def _wanted(run: Run, slot: str, history: Sequence[Attempt], incarnation: int) -> bool:

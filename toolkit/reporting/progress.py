@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from toolkit.errors import UserError
-from toolkit.exchange import layout
+from toolkit.exchange import layout, series
 from toolkit.exchange.plan import Plan
 from toolkit.exchange.records import Manifest, Ref
 from toolkit.exchange.run import Run
@@ -100,17 +100,20 @@ def _look(reader: Reader, entry: dict[str, Any]) -> None:
         if asked == 0:
             sampled.add(shard)
             annotated.add(shard)
-    moved = True
-    while moved:  # again as long as there is news: the window moves on
-        moved = False
-        for shard in annotated.open(entry["requested"])[:WINDOW]:
-            if (manifest := find(layout.annotations(index, shard))) is not None:
+    before = None
+    while annotated.count != before:  # again as long as there is news: the window moves on
+        before = annotated.count
+        window = annotated.open(entry["requested"])[:WINDOW]
+        stages = [of(index, shard) for shard in window for of in (layout.responses, layout.annotations)]
+        there = series.present(reader.run.root, stages)
+        for shard in window:
+            ref, answered = layout.annotations(index, shard), layout.responses(index, shard)
+            if ref in there and (manifest := find(ref)) is not None:
                 for outcome, number in manifest.attributes.get("outcomes", {}).items():
                     entry["outcomes"][outcome] = entry["outcomes"].get(outcome, 0) + number
                 annotated.add(shard)
                 sampled.add(shard)  # a replay has the annotations alone
-                moved = True
-            elif shard not in sampled and find(layout.responses(index, shard)) is not None:
+            elif shard not in sampled and answered in there and find(answered) is not None:
                 sampled.add(shard)
     for stage, settled in (("sampled", sampled), ("annotated", annotated)):
         entry[stage] = settled.count
@@ -155,7 +158,7 @@ def _is_flat(reader: Reader, ref: Ref) -> bool | None:
 
 def trained_shards(plan: Plan, index: int, steps: int) -> int:
     """Shards of a round whose last pass is done after ``steps`` optimizer steps of the run."""
-    in_round = plan.steps_in_round(index)
+    in_round = plan.first_step[index + 1] - plan.first_step[index]
     done = min(max(steps - plan.first_step[index], 0), in_round)
     if done == in_round:
         return plan.shards(index)
@@ -165,18 +168,13 @@ def trained_shards(plan: Plan, index: int, steps: int) -> int:
 
 def newest_policy(reader: Reader) -> int | None:
     """The newest published policy version."""
-    version = 0
-    while reader.find(layout.policy(version)) is not None:
-        version += 1
-    return version - 1 if version else None
+    manifest = next(series.valid(reader.find, reader.run.root, layout.policy), None)
+    return None if manifest is None else series.number(manifest)
 
 
 def newest_checkpoint(reader: Reader, start: int = 0) -> Manifest | None:
-    """The newest checkpoint, looking upwards from number ``start``."""
-    found = None
-    while (manifest := reader.find(layout.checkpoint(start))) is not None:
-        found, start = manifest, start + 1
-    return found
+    """The newest checkpoint."""
+    return next(series.valid(reader.find, reader.run.root, layout.checkpoint), None)
 
 
 def evaluations(reader: Reader, known: list[dict[str, Any]], newest: int | None) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from toolkit.reporting import gather, metrics, page, plots
 from toolkit.reporting.page import Html, tag
 from toolkit.reporting.progress import Reader
 from toolkit.reporting.summary import summarise_run, with_error, with_sign
-from toolkit.reporting.terminal import duration, metric_names
+from toolkit.reporting.terminal import SHOWN_HOURS, deaths, duration, metric_names
 from toolkit.reporting.timing import ACTIVITIES, IDLE, STARTING
 
 PAIRS_SHOWN = 3  # a round
@@ -84,9 +84,10 @@ def _cards(summary: dict[str, Any]) -> Html:
         entries.append(("annotations saved", f"{saved:.1%}", f"{made:,} made, {of:,} if all were sampled"))
     steps = summary["steps"]
     entries.append(("pairs", f"{summary['pairs']:,}", f"{steps['done']:,} of {steps['of'] or 0:,} optimizer steps"))
-    entries.append(
-        ("wall time", duration(summary["wall_seconds"]), f"{len(summary['attempts'])} attempts of its roles")
-    )
+    attempts, died = len(summary["attempts"]), sum(summary["deaths"].values())
+    spent = f"{summary['gpu_hours']:,.1f} GPU-hours, " if summary["gpu_hours"] >= SHOWN_HOURS else ""
+    tried = f"{spent}{attempts:,} attempts" + (f", {died:,} died" if died else "")
+    entries.append(("wall time", duration(summary["wall_seconds"]), tried))
     return page.cards(entries)
 
 
@@ -373,7 +374,7 @@ def _attempts(summary: dict[str, Any]) -> Html:
     order = sorted(attempts, key=lambda a: (a["outcome"] not in ("failed", "died"), -a["number"], a["slot"]))
     rows = [
         [
-            f"{attempt['slot']} {attempt['number'] + 1}",
+            f"{attempt['slot']} {attempt['number']}",
             attempt["outcome"],
             "" if attempt["seconds"] is None else duration(attempt["seconds"]),
             attempt["host"],
@@ -381,9 +382,10 @@ def _attempts(summary: dict[str, Any]) -> Html:
         ]
         for attempt in order[:ATTEMPTS_SHOWN]
     ]
-    note = f"{len(attempts)} attempts; {ATTEMPTS_SHOWN} are shown." if len(attempts) > ATTEMPTS_SHOWN else ""
+    notes = [f"{len(attempts)} attempts; {ATTEMPTS_SHOWN} are shown."] if len(attempts) > ATTEMPTS_SHOWN else []
+    notes += [f"Deaths by kind: {deaths(summary['deaths'])}."] if summary["deaths"] else []
     return page.section(
-        "Attempts", page.table(["attempt", "ended", "lasted", "host", "message"], rows, "words"), note=note
+        "Attempts", page.table(["attempt", "ended", "lasted", "host", "message"], rows, "words"), note=" ".join(notes)
     )
 
 

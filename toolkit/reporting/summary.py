@@ -12,10 +12,11 @@ from rich.text import Text
 
 from toolkit.exchange import filesystem, layout, lineage
 from toolkit.exchange.run import Run
-from toolkit.launch.supervise import Attempt, attempts, slots
+from toolkit.launch.attempts import Attempt, attempts, gpu_hours, known_slots, slots
+from toolkit.launch.deaths import by_kind
 from toolkit.reporting import progress
 from toolkit.reporting.progress import Reader
-from toolkit.reporting.terminal import duration, flat_warning, metric_names
+from toolkit.reporting.terminal import SHOWN_HOURS, deaths, duration, flat_warning, metric_names
 from toolkit.reporting.timing import where_time_went
 
 LONGER = 1.2  # growth of the mean response length from which a rising reward is doubted
@@ -39,12 +40,14 @@ def summarise_run(run: Run) -> dict[str, Any]:
         ``tokens``, ``truncated`` and ``<metric>_reward``; ``reward``, ``win_rate``, ``tokens`` and each ``<metric>_reward`` as
         {initial, final} (final: of the last policy), and the ``change`` between them on the same prompts with its standard error; ``policies``: every evaluation with its standard errors; ``annotations``
         {made, of, saved_fraction}: responses; ``outcomes`` of all annotations; ``steps`` {done, of}; ``wall_seconds`` from the
-        run's making to its closing or last record; ``seconds`` of each role by activity; ``attempts`` and how they ended;
+        run's making to its closing or last record; ``seconds`` of each role by activity; ``attempts`` and how they ended, ``deaths`` among them by kind, and the ``gpu_hours`` that all have held;
         ``outcome`` and ``reason`` of the run; ``warnings``; ``verified`` (None: `metaapo verify` tells).
     """
     reader = Reader(run)
-    tried = [attempt for slot in slots(run.config) for attempt in attempts(run, slot)]
+    histories = [attempts(run, slot) for slot in dict.fromkeys([*slots(run.config), *known_slots(run)])]
+    tried = [attempt for history in histories for attempt in history]
     closing = run.closing()
+    wall_seconds, made = _wall_seconds(reader, tried), run.records.require(layout.IDENTITY).written
     found: dict[str, Any] = {
         "run": str(run.root),
         "method": run.config.method.name,
@@ -62,9 +65,11 @@ def summarise_run(run: Run) -> dict[str, Any]:
         "annotations": progress.annotations(run.config.method.sampling.samples, []),
         "outcomes": {},
         "steps": {"done": 0, "of": None},
-        "wall_seconds": _wall_seconds(reader, tried),
+        "wall_seconds": wall_seconds,
         "seconds": where_time_went(run, tried),
         "attempts": [_attempt(attempt) for attempt in tried],
+        "deaths": by_kind(histories),
+        "gpu_hours": round(gpu_hours(histories, made + wall_seconds), 3),
         "verified": None,
     }
     if reader.find(layout.PAIRS) is not None:
@@ -274,4 +279,9 @@ def _sentences(summary: dict[str, Any], metrics: list[str]) -> list[str]:
         found.append(
             f"{annotations['made']:,} of {annotations['of']:,} annotations made, {annotations['saved_fraction']:.0%} saved."
         )
-    return [*found, f"Wall time {duration(summary['wall_seconds'])}."]
+    cost = f"Wall time {duration(summary['wall_seconds'])}"
+    if summary["gpu_hours"] >= SHOWN_HOURS:
+        cost += f", {summary['gpu_hours']:,.1f} GPU-hours"
+    if summary["deaths"]:
+        cost += f"; deaths: {deaths(summary['deaths'])}"
+    return [*found, f"{cost}."]

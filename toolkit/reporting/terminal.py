@@ -15,7 +15,11 @@ from rich.text import Text
 STAGES = ("scored", "requested", "sampled", "annotated", "trained")
 SHOWN_ROUNDS = 16  # a terminal's height
 SHOWN_WORKERS = 4
+SHOWN_MESSAGES = 4  # of failures, and of reasons for which jobs are pending
+SHOWN_NODES = 6
+SHOWN_HOURS = 0.05  # GPU-hours that are worth a word
 STALE = 30.0  # seconds after which a status says its age in red
+QUIET = 600.0  # seconds without a tick after which nobody seems to keep an open run going
 STYLES = {"finished": "bold green", "failed": "bold red", "cancelled": "bold yellow"}
 
 
@@ -79,10 +83,10 @@ def render(status: dict[str, Any], age_seconds: float | None = None) -> Renderab
     else:
         parts += [_bar(status), _rounds_table(status)]
         saved = _saved(status["annotations"])
-        if saved is not None:
-            parts.append(saved)
+        parts += [part for part in (saved, _waiting(status)) if part is not None]
     if status["jobs"]:
         parts.append(_jobs(status["jobs"]))
+    parts += [part for part in (_spent(status), _untended(status, age_seconds)) if part is not None]
     parts += [Text(f"! {warning}", style="yellow") for warning in status["warnings"]]
     return Group(*parts)
 
@@ -170,21 +174,77 @@ def _saved(annotations: dict[str, Any]) -> Text | None:
     )
 
 
+def _waiting(status: dict[str, Any]) -> Text | None:
+    """The data that waits for the next stage."""
+    waiting = status.get("waiting", {})  # statuses of older versions have none
+    found = [f"{number:,} to {name}" for name, number in waiting.items() if number and name != "evaluate"]
+    if found:
+        first, _, rest = found[0].partition(" ")
+        found[0] = f"{first} {'shard' if first == '1' else 'shards'} {rest}"
+    policies = waiting.get("evaluate", 0)
+    if policies:
+        found.append(f"{policies:,} {'policy' if policies == 1 else 'policies'} to evaluate")
+    return Text.assemble(("waiting ", "dim"), ", ".join(found)) if found and not status["outcome"] else None
+
+
+def _spent(status: dict[str, Any]) -> Text | None:
+    """What the run has cost: deaths by kind, GPU-hours, nodes that it keeps away from."""
+    parts = []
+    if status.get("deaths"):
+        parts.append((deaths(status["deaths"]), "deaths"))
+    if (status.get("gpu_hours") or 0.0) >= SHOWN_HOURS:
+        parts.append((f"{status['gpu_hours']:,.1f}", "GPU-hours"))
+    if status.get("avoided"):
+        nodes = status["avoided"]
+        more = f" and {len(nodes) - SHOWN_NODES} more" if len(nodes) > SHOWN_NODES else ""
+        parts.append((f"{', '.join(nodes[:SHOWN_NODES])}{more}", "nodes avoided"))
+    text = Text("")
+    for value, name in parts:
+        text.append("  " if text else "").append(f"{name} ", style="dim").append(value)
+    return text if parts else None
+
+
+def deaths(by_kind: dict[str, int]) -> str:
+    """``3 preempted, 1 node``."""
+    return ", ".join(f"{number:,} {kind}" for kind, number in by_kind.items())
+
+
+def _untended(status: dict[str, Any], age: float | None) -> Text | None:
+    if status["outcome"] or age is None or age < QUIET:
+        return None
+    advice = f"! nobody has ticked this run for {duration(age)}. To do it once: metaapo tick {status['run']}"
+    return Text(advice, style="bold red")
+
+
 def _jobs(jobs: list[dict[str, Any]]) -> Text:
     """The newest attempt of each role; beyond a few, the workers are counted."""
     workers = [job for job in jobs if job["slot"].startswith("worker-")]
     shown = [job for job in jobs if job not in workers or len(workers) <= SHOWN_WORKERS]
     text = Text("")
     for job in shown:
-        attempt = f" (attempt {job['number'] + 1})" if job["number"] else ""
+        attempt = f" (attempt {job['number']})" if job["number"] else ""
         text.append("  " if text else "").append(job["slot"], style="bold").append(f"{attempt} ")
         text.append(job["outcome"], style=_job_style(job["outcome"]))
     if len(workers) > SHOWN_WORKERS:
         text.append("  ").append(f"{len(workers):,} workers", style="bold").append(f" {_count(workers)}")
-    for job in jobs:
-        if job["outcome"] in ("failed", "died") and job["message"]:
-            text.append(f"\n{job['slot']}: {job['message'].splitlines()[0]}", style="red")
+    for line in _together([job for job in jobs if job.get("waits_for")], "waits_for"):
+        text.append(f"\n{line}", style="yellow")
+    for line in _together([job for job in jobs if job["outcome"] in ("failed", "died") and job["message"]], "message"):
+        text.append(f"\n{line}", style="red")
     return text
+
+
+def _together(jobs: list[dict[str, Any]], key: str) -> list[str]:
+    """A line for each message that jobs have, with who has it."""
+    slots: dict[str, list[str]] = {}
+    for job in jobs:
+        slots.setdefault(job[key].splitlines()[0], []).append(job["slot"])
+    lines = []
+    for message, who in list(slots.items())[:SHOWN_MESSAGES]:
+        more = f" and {len(who) - SHOWN_WORKERS:,} more" if len(who) > SHOWN_WORKERS else ""
+        lines.append(f"{', '.join(who[:SHOWN_WORKERS])}{more}: {message}")
+    hidden = len(slots) - SHOWN_MESSAGES
+    return [*lines, f"and {hidden:,} more"] if hidden > 0 else lines
 
 
 def _count(workers: Iterable[dict[str, Any]]) -> str:

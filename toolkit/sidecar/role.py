@@ -48,7 +48,7 @@ def keep(run: Run, slot: str, stop: StopFlag, turn: Callable[[], bool]) -> str:
             while turn():
                 pass
         tick.advance()
-        heartbeat.beat([])
+        heartbeat.beat()
         if run.closing(run.incarnation) is not None:
             return "done"
         stop.sleep(config.poll)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from toolkit.data.publish import prepare_run
 from toolkit.errors import UserError
+from toolkit.exchange.jobs import Heartbeat
 from toolkit.exchange.records import Ref
 from toolkit.exchange.run import Run
 from toolkit.reporting.metrics import MetricsWriter
@@ -40,7 +41,10 @@ def main(run: Run, slot: str, number: int, rank: int, size: int, stop: StopFlag)
     try:
         engine = PolicyEngine(layout, run.config.model.policy, _settings(run))
         metrics = MetricsWriter(run.root, slot, run.attempt) if rank == 0 else None
-        outcome = Trainer(run, engine, Control(stop), metrics).train()
+        heartbeat = Heartbeat(run.root, slot, run.attempt) if rank == 0 else None
+        if heartbeat is not None:
+            heartbeat.start(run.config.inference.heartbeat)
+        outcome = Trainer(run, engine, Control(stop), metrics, heartbeat).train()
         if rank == 0 and run.is_complete():  # where there is no sidecar, nobody else may be there to say so
             run.finish()
         return outcome

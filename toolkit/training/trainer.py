@@ -18,6 +18,7 @@ from toolkit.algorithms.features import FeatureStatistics
 from toolkit.algorithms.meta_learner import MetaLearner, MetaLearnerState
 from toolkit.errors import UserError
 from toolkit.exchange import derive, layout, lineage, tables
+from toolkit.exchange.jobs import Heartbeat
 from toolkit.exchange.lineage import Progress
 from toolkit.exchange.plan import Batch
 from toolkit.exchange.readiness import shard_is_ready
@@ -40,10 +41,18 @@ class Trainer:
 
     Args:
         metrics: rank 0's writer, None elsewhere.
+        heartbeat: rank 0's, which says what shard it is at; None elsewhere.
     """
 
-    def __init__(self, run: Run, engine: PolicyEngine, control: Control, metrics: MetricsWriter | None) -> None:
-        self.run, self.engine, self.control, self.metrics = run, engine, control, metrics
+    def __init__(
+        self,
+        run: Run,
+        engine: PolicyEngine,
+        control: Control,
+        metrics: MetricsWriter | None,
+        heartbeat: Heartbeat | None = None,
+    ) -> None:
+        self.run, self.engine, self.control, self.metrics, self.heartbeat = run, engine, control, metrics, heartbeat
         self.config, self.plan = run.config, run.plan
         self.method = run.config.method
         self.objective = derive.objective(self.method)
@@ -212,6 +221,9 @@ class Trainer:
         gated = self.plan.gated[batch.round]
         if gated:
             self._wait_for_shard(*key)
+        if self.heartbeat is not None:
+            self.heartbeat.working_on = [layout.training(*key)]
+            self.heartbeat.beat()
         name = derive.loss_reference(self.config, *key)
         if name is not None and name.startswith("ema-"):
             self._publish_logprobs(name, "offline", batch.round, [batch.shard])

@@ -1,0 +1,217 @@
+"""Runs on a development cluster: real Slurm, records, sidecar and control plane around the payload in payload.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from devcluster import DevCluster
+
+from tests.exchange.conftest import make_config, publish_pairs
+from tests.launch.conftest import World
+from toolkit.exchange import layout, lineage
+from toolkit.exchange.run import Run
+from toolkit.launch.attempts import Attempt, attempts, known_slots
+
+ROOT = Path(__file__).parents[2]
+PAYLOAD = f"{sys.executable} -u {Path(__file__).with_name('payload.py')}"
+PAIRS = (4, 16, 16)  # a warm-start round of one shard and two gated rounds of four; two pairs a step
+LEFT_QUEUE = 60.0  # seconds in which the last job must have left it
+
+
+class PayloadRun:
+    """A run directory with its pairs, and a profile for the development cluster. ``groups`` change keys of the configuration."""
+
+    def __init__(self, on: DevCluster, root: Path, *, step: float = 0.05, **groups: dict[str, Any]) -> None:
+        self.cluster, self.root = on, root
+        values: dict[str, dict[str, Any]] = {
+            "method": {"meta": {"interval": 3, "feature": "log_sigmoid_beta"}, "sampling": {"samples": 3}},
+            "trainer": {"checkpoint_steps": 2, "poll": 0.2, "meta_wait": 60.0},
+            "inference": {"workers": 2, "does": ["sample", "annotate"], "heartbeat": 0.5, "poll": 0.2},
+            "sidecar": {"poll": 0.2, "supervise": 1.0},
+            "cluster": {
+                "kind": "slurm",
+                "name": "dev",
+                "jobs": {
+                    "partition": "cpu",
+                    "time_minutes": 60,
+                    "cpus_per_task": 1,
+                    "memory": "--mem=500M",
+                    "python": sys.executable,
+                    "environment": {"OMP_NUM_THREADS": "1"},
+                },
+                "trainer": {"python": PAYLOAD},
+                "worker": {"python": PAYLOAD},
+                "margin": 5.0,
+                "interface": "lo",
+                "ranks_per_node": 1,
+                "query_timeout": 20.0,
+            },
+        }
+        for group, keys in groups.items():
+            for key, value in keys.items():
+                both = isinstance(value, dict) and isinstance(values[group].get(key), dict)
+                values[group][key] = values[group][key] | value if both else value
+        self.faults = root.with_suffix(".faults")
+        self.faults.mkdir(parents=True)
+        (self.faults / "pace").write_text(str(step))
+        world = World(root.parent / f"{root.name}.world")
+        values["data"] = {"path": str(world.data)}
+        values["model"] = {"policy": str(world.policy)}
+        values["reward"] = {"model": str(world.reward)}
+        self.run = Run.create(root, make_config(root, seed=5, **values), "test")
+        publish_pairs(self.run, PAIRS)
+
+    # ------------------------------------------------------------------------------------------ doing
+
+    def metaapo(self, *arguments: str, code: int | None = 0, path: Path | None = None) -> str:
+        """The command line as on a login node; returns what it printed. ``path`` is put before PATH."""
+        env = self.cluster.env | {"OMP_NUM_THREADS": "1"}
+        if path is not None:
+            env["PATH"] = f"{path}:{env['PATH']}"
+        done = subprocess.run(
+            [sys.executable, "-m", "toolkit.cli", *arguments],
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        said = done.stdout + done.stderr
+        assert code is None or done.returncode == code, (
+            f"metaapo {' '.join(arguments)} exited {done.returncode}: {said}"
+        )
+        return said
+
+    def tick(self, code: int | None = 0, path: Path | None = None) -> str:
+        return self.metaapo("tick", str(self.root), code=code, path=path)
+
+    def plan_fault(self, slot: str, words: str) -> None:
+        (self.faults / slot).write_text(words)
+
+    def set_pace(self, seconds: float) -> None:
+        (self.faults / "pace").write_text(str(seconds))
+
+    # ------------------------------------------------------------------------------------------ looking
+
+    def attempts(self, slot: str) -> list[Attempt]:
+        return attempts(Run.open(self.root), slot)
+
+    def every_attempt(self) -> list[Attempt]:
+        run = Run.open(self.root)
+        return [attempt for slot in known_slots(run) for attempt in attempts(run, slot)]
+
+    def started(self, slot: str, number: int = 0) -> dict[str, Any] | None:
+        """The facts of an attempt's start, once it has started."""
+        manifest = self.run.records.find(layout.job(slot, number, "start"))
+        return None if manifest is None else manifest.attributes
+
+    def job(self, slot: str, number: int = 0) -> str:
+        """Slurm's id of an attempt's job, waited for."""
+        self.until(lambda: self.started(slot, number), f"{slot} attempt {number} to start")
+        facts = self.started(slot, number)
+        assert facts is not None and facts["kind"] == "started", facts
+        return str(facts["job"])
+
+    def outcomes(self, slot: str) -> list[str]:
+        return [attempt.outcome for attempt in self.attempts(slot)]
+
+    def steps(self) -> int:
+        """Optimizer steps that are in a checkpoint."""
+        newest = lineage.newest(Run.open(self.root).records)
+        return 0 if newest is None else lineage.progress(newest).step
+
+    def until(self, true: Callable[[], object], what: str = "", timeout: float = 120.0) -> None:
+        deadline = time.monotonic() + timeout
+        while not true():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"waited {timeout:.0f} s in vain for {what or true}: {self.story()}")
+            time.sleep(0.1)
+
+    def story(self) -> str:
+        """What happened, for the message of a failure."""
+        lines = [f"closed: {closing.attributes}" if (closing := Run.open(self.root).closing()) else "open"]
+        for attempt in self.every_attempt():
+            lines.append(f"{attempt.slot} {attempt.number} {attempt.id} {attempt.outcome} {attempt.death or ''}")
+        lines += [str(job) for job in self.cluster.jobs()]
+        for log in sorted(self.root.glob("logs/*/*/*_log.out")):
+            lines.append(f"--- {log.relative_to(self.root)}: " + log.read_text(errors="replace")[-600:])
+        return "\n".join(lines)
+
+    def names(self) -> set[str]:
+        return {f"metaapo-{attempt.id}" for attempt in self.every_attempt()}
+
+    def in_queue(self) -> list[str]:
+        """This run's jobs that Slurm has not ended."""
+        ours, alive = self.names(), ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
+        return [job["id"] for job in self.cluster.jobs() if job["name"] in ours and job["state"] in alive]
+
+    # ------------------------------------------------------------------------------------------ the end
+
+    def finish(self, timeout: float = 240.0) -> None:
+        """Wait until the run is closed and its jobs are gone."""
+        self.until(lambda: Run.open(self.root).closing(), "the end of the run", timeout)
+        closing = Run.open(self.root).closing()
+        assert closing is not None and closing.attributes["outcome"] == "finished", self.story()
+        self.until(lambda: not self.in_queue(), "the last job to leave", LEFT_QUEUE)
+
+    def weights(self) -> str:
+        """The final policy's weights."""
+        return str(self.run.records.require(layout.policy(self.run.plan.rounds)).attributes["weights"])
+
+    def assert_sound(self, weights: str | None = None, accounting: bool = True) -> None:
+        """Finished; verify is clean; one lineage; no job is left; Slurm's accounting knows exactly our attempts."""
+        self.finish()
+        assert "clean" in self.metaapo("verify", str(self.root))
+        if weights is not None:
+            assert self.weights() == weights, "the disturbed run learned something else than the undisturbed one"
+        if accounting:
+            self.until(self._accounts, "accounting to agree with the attempts", 30)
+
+    def _accounts(self) -> bool:
+        ours = self.names()
+        rows = [row for row in self.cluster.sacct("JobIDRaw", "JobName", "State") if row["JobName"] in ours]
+        started = {
+            (f"metaapo-{attempt.id}", str(attempt.start.attributes["job"]))
+            for attempt in self.every_attempt()
+            if attempt.start is not None and attempt.start.attributes["kind"] == "started"
+        }
+        known = {(row["JobName"], row["JobIDRaw"]) for row in rows}
+        over = all(row["State"].split()[0] not in ("PENDING", "RUNNING") for row in rows)
+        return started <= known and len({name for name, _ in known}) == len(known) and over
+
+
+def shim(folder: Path, program: str, text: str) -> Path:
+    """A folder with a script in place of one of Slurm's commands; ``$REAL`` in it is the real one. For PATH."""
+    import shutil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    real = shutil.which(program)
+    path = folder / program
+    path.write_text(f"#!/bin/bash\nREAL={real}\n{text}\n")
+    path.chmod(0o755)
+    return folder
+
+
+def environment_of(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def processes_of(attempt: str) -> list[int]:
+    """Processes of an attempt on this machine."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if f"METAAPO_ATTEMPT={attempt}".encode() in environment_of(int(entry.name)):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found

@@ -1,0 +1,324 @@
+"""Jobs that are preempted, killed, paused, starved or lost, on a real Slurm. The numbers are those of docs/reliability.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from devcluster import DevCluster
+
+from tests.slurm.runs import PayloadRun, environment_of, processes_of
+from toolkit.exchange import layout, lineage
+from toolkit.exchange.run import Run
+
+Make = Callable[..., PayloadRun]
+
+
+def preempt(run: PayloadRun, slot: str, number: int = 0) -> str:
+    """A job of a higher partition takes the node of an attempt that has all of its CPUs. Returns its id."""
+    run.job(slot, number)
+    node = str(run.started(slot, number)["nodes"])
+    command = ["sbatch", "--parsable", "--partition=high", f"--nodelist={node}", "--exclusive", "--output=/dev/null"]
+    return run.cluster.run(*command, "--wrap=sleep 8").stdout.strip()
+
+
+def end(run: PayloadRun, slot: str, number: int = 0) -> dict[str, Any]:
+    """How an attempt ended, waited for."""
+    run.until(lambda: run.attempts(slot)[number].over, f"the end of {slot} attempt {number}")
+    attempt = run.attempts(slot)[number]
+    assert attempt.end is not None, attempt.outcome
+    return dict(attempt.end.attributes)
+
+
+# ------------------------------------------------------------------------------------------ preemption and wall time
+
+
+@pytest.mark.parametrize("partition", ["preemptible", "preemptible_cancel", "nograce"])
+def test_12_13_14_preempted(make: Make, undisturbed: str, partition: str) -> None:
+    """Requeued, cancelled, or killed without grace: all the same to us, another attempt, and no failure of ours."""
+    run = make(
+        step=0.3,
+        cluster={
+            "trainer": {"partition": partition, "cpus_per_task": 4},
+            "worker": {"partition": "cpu"},
+            "budgets": {"crash": 1},
+        },
+        inference={"workers": 1},
+    )
+    run.tick()
+    run.until(lambda: run.steps() >= 2, "a checkpoint")
+    preempt(run, "trainer")
+    found = end(run, "trainer")
+    assert found["outcome"] == "saved" or (found["outcome"], found["kind"]) == ("died", "preempted"), found
+    run.assert_sound(undisturbed)
+    assert run.outcomes("trainer")[-1] == "done" and len(run.attempts("trainer")) == 2
+    logs = {path.parent.name for path in run.root.glob("logs/trainer/*/*_log.out")}
+    assert len(logs) == 2, "each attempt has a log of its own"
+
+
+def test_12_preempted_workers_come_back(make: Make, undisturbed: str) -> None:
+    run = make(step=0.4, cluster={"worker": {"partition": "preemptible", "cpus_per_task": 3}, "budgets": {"crash": 1}})
+    run.tick()
+    preempt(run, "worker-000")
+    preempt(run, "worker-001")
+    run.assert_sound(undisturbed)
+    assert {"saved", "died"} & set(run.outcomes("worker-000")) and len(run.attempts("worker-000")) > 1
+
+
+def test_11_wall_time(make: Make, undisturbed: str) -> None:
+    """The trainer saves before its wall time ends, by its own clock; a worker that hangs is killed by Slurm."""
+    run = make(
+        step=3.0,
+        cluster={"trainer": {"time_minutes": 1}, "worker": {"time_minutes": 1}, "margin": 25.0},
+        inference={"workers": 1},
+        trainer={"checkpoint_steps": 100},
+    )
+    run.plan_fault("worker-000", "hang responses")
+    run.tick()
+    found = end(run, "trainer")
+    assert found["outcome"] == "saved" and 25 < found["seconds"] < 50, found
+    run.set_pace(0.1)
+    found = end(run, "worker-000")
+    assert (found["outcome"], found["kind"]) == ("died", "time") and "wall time" in found["message"], found
+    run.assert_sound(undisturbed)
+
+
+def test_21_a_process_that_ignores_signals(make: Make) -> None:
+    run = make(step=0.3)
+    run.plan_fault("trainer", "deaf step-2.")
+    run.tick()
+    run.until(lambda: run.steps() >= 4, "the trainer to be deaf")
+    run.plan_fault("trainer", "hang step-")
+    run.until(lambda: not (run.faults / "trainer").exists(), "the trainer to hang")
+    assert "none left" in run.metaapo("cancel", str(run.root), "--patience", "3")
+    assert not run.in_queue()
+    states = run.cluster.run("sinfo", "--noheader", "--Node", "--partition=cpu", "--format=%T").stdout.split()
+    assert set(states) <= {"idle", "mixed", "allocated"}, states
+    assert "clean" in run.metaapo("verify", str(run.root))
+
+
+# ------------------------------------------------------------------------------------------ nodes
+
+
+def test_16_a_node_dies(new_cluster: Callable[..., DevCluster], make: Make) -> None:
+    private = new_cluster(nodes=3)
+    run = make(on=private, step=0.4, cluster={"worker": {"cpus_per_task": 3}, "budgets": {"crash": 1}})
+    run.tick()
+    run.job("worker-000")
+    run.until(lambda: run.steps() >= 2, "training")
+    node = str(run.started("worker-000")["nodes"])
+    others = [slot for slot in ("trainer", "sidecar") if run.started(slot)["nodes"] == node]
+    private.crash_node(node)
+    run.until(lambda: len(run.attempts("worker-000")) == 2, "the worker's next attempt")
+    death = run.attempts("worker-000")[0].death
+    assert death is not None and death["kind"] == "node", death
+    assert run.started("worker-000", 1) is None or run.started("worker-000", 1)["nodes"] != node
+    for slot in {"trainer", "sidecar"} - set(others):
+        assert run.outcomes(slot)[0] == "running", "other roles go on"
+    private.start_node(node)
+    run.assert_sound()
+
+
+def test_16_a_node_that_fails_again_is_avoided(new_cluster: Callable[..., DevCluster], make: Make) -> None:
+    private = new_cluster(nodes=2)
+    bad = private.nodes[1]
+    where = {"worker": {"options": [f"--nodelist={bad}"]}, "trainer": {"options": [f"--nodelist={private.nodes[0]}"]}}
+    where["sidecar"] = where["trainer"]
+    run = make(on=private, step=0.5, cluster=where, inference={"workers": 1})
+    run.tick()
+    for number in range(2):
+        run.job("worker-000", number)
+        private.set_node(bad, "down", "a test")
+        assert end(run, "worker-000", number)["kind"] == "node"
+        run.until(
+            lambda: private.run("sinfo", "-hN", "-n", bad, "-o", "%T").stdout.split()[0] != "down*", "it to return"
+        )
+        if number == 0:
+            private.set_node(bad, "resume")
+    run.until(lambda: len(run.attempts("worker-000")) == 3, "a third attempt")
+    script = next(run.root.glob("logs/worker-000/0002-*/job.sh")).read_text()
+    assert f"--exclude={bad}" in script
+    run.metaapo("resume", str(run.root), "cluster.worker.options=[]", "--detach")
+    private.set_node(bad, "resume")
+    run.cluster.run("scancel", *[job["id"] for job in private.jobs() if job["state"] == "PENDING"], check=False)
+    run.assert_sound()
+    assert str(run.started("worker-000", len(run.attempts("worker-000")) - 1)["nodes"]) != bad
+
+
+def test_17_split_brain(new_cluster: Callable[..., DevCluster], make: Make) -> None:
+    """Slurm takes a node for dead whose processes live on: two trainers write, one wins each checkpoint, the other stops."""
+    private = new_cluster(nodes=3)
+    run = make(on=private, step=1.0, cluster={"trainer": {"cpus_per_task": 3}})
+    run.tick()
+    run.until(lambda: run.steps() >= 2, "a checkpoint")
+    old = run.attempts("trainer")[0]
+    node = str(run.started("trainer")["nodes"])
+    private.kill_slurmd(node)
+    run.until(lambda: run.started("trainer", 1) is not None, "a second trainer", 90)
+    assert processes_of(old.id), "the first one lives on"
+    run.until(
+        lambda: len({m.attempt for m in lineage.chain(Run.open(run.root).records)}) >= 2, "both to have published"
+    )
+    run.set_pace(0.1)
+    run.until(lambda: not processes_of(old.id), "the old one to stop", 60)
+    run.assert_sound(accounting=False)
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+
+def test_19_one_rank_dies(make: Make, undisturbed: str) -> None:
+    run = make(step=0.3, trainer={"data": 2})
+    run.tick()
+    job = run.job("trainer")
+    assert run.cluster.run("squeue", "-h", "-j", job, "-o", "%D").stdout.strip() == "2", "one rank on each of two nodes"
+    run.until(lambda: run.steps() >= 2, "a checkpoint")
+    first = run.attempts("trainer")[0]
+    other = [pid for pid in processes_of(first.id) if b"SLURM_PROCID=1" in environment_of(pid).split(b"\0")]
+    killed = time.monotonic()
+    os.kill(other[0], signal.SIGKILL)
+    run.until(lambda: not processes_of(first.id), "the whole step to end", 30)
+    assert time.monotonic() - killed < 30
+    run.assert_sound(undisturbed)
+    assert len(run.attempts("trainer")) == 2
+    logs = sorted(path.name.split("_")[1] for path in run.root.glob(f"logs/trainer/0000-{first.id}/*_log.out"))
+    assert logs == ["0", "1"], "each rank has a log"
+
+
+def test_22_out_of_memory(make: Make) -> None:
+    """Bounded: it would only happen again."""
+    run = make(cluster={"budgets": {"resource": 2}}, inference={"workers": 1})
+    run.plan_fault("worker-000", "memory responses always")
+    run.tick()
+    run.until(lambda: Run.open(run.root).closing(), "the run to be stopped")
+    closing = Run.open(run.root).closing()
+    assert closing is not None and "2 x resource" in closing.attributes["reason"], closing.attributes
+    assert "memory" in run.metaapo("explain", str(run.root))
+    run.until(lambda: not run.in_queue(), "the other roles to leave")
+
+
+def test_a_shard_that_kills_is_named(make: Make) -> None:
+    run = make(step=0.2)
+    for slot in ("worker-000", "worker-001"):
+        run.plan_fault(slot, "raise responses/000/000001 always")
+    run.tick()
+    run.until(lambda: Run.open(run.root).closing(), "the run to be stopped")
+    reason = Run.open(run.root).closing().attributes["reason"]
+    assert "3 attempts died while they worked on rounds/001/responses/000/000001" in reason
+    assert "its pairs: r1-4, r1-5" in reason and "planned failure" in reason
+
+
+def test_23_workers_that_never_start(make: Make, undisturbed: str) -> None:
+    """The trainer waits for a bounded time, frees its node, and comes back when its next shard is ready."""
+    run = make(cluster={"worker": {"options": ["--begin=now+1hour"]}}, trainer={"idle_exit": 3.0})
+    run.tick()
+    assert end(run, "trainer")["outcome"] == "starved"
+    time.sleep(3)
+    assert len(run.attempts("trainer")) == 1, "it is not started again in vain"
+    status = json.loads(run.metaapo("status", str(run.root), "--json"))
+    assert {job["slot"]: job["reason"] for job in status["jobs"]}["worker-000"] == "BeginTime"
+    workers = {f"metaapo-{run.attempts(slot)[0].id}" for slot in ("worker-000", "worker-001")}
+    for job in run.cluster.jobs():
+        if job["name"] in workers:
+            run.cluster.run("scontrol", "update", f"jobid={job['id']}", "starttime=now")
+    run.assert_sound(undisturbed)
+    assert run.outcomes("trainer")[-1] == "done"
+
+
+def test_25_the_sidecar_is_cancelled_again_and_again(make: Make, undisturbed: str) -> None:
+    run = make(step=0.4)
+    run.tick()
+    for number in range(3):
+        job = run.job("sidecar", number)
+        run.until(lambda number=number: len(run.attempts("sidecar")) == number + 2, "its successor in the queue")
+        run.cluster.run("scancel", *(["--signal=KILL"] if number % 2 else []), job)
+    run.assert_sound(undisturbed)
+    assert run.outcomes("trainer") == ["done"], "the others went on"
+    assert len(run.attempts("sidecar")) >= 4
+
+
+def test_43_a_paused_writer_wakes_up_too_late(make: Make, undisturbed: str) -> None:
+    run = make(step=0.3)
+    run.plan_fault("worker-000", "hang nowhere")
+    run.tick()
+    run.job("worker-000")
+    claims = run.root / "heartbeats" / "worker-000.json"
+    run.until(lambda: claims.exists() and "responses" in claims.read_text(), "the worker to be inside a shard")
+    pids = processes_of(run.attempts("worker-000")[0].id)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    work = json.loads(claims.read_text())["working_on"]
+    run.until(lambda: all((run.root / f"{name}.g0.json").exists() for name in work), "the other worker to do its shard")
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    run.assert_sound(undisturbed)
+
+
+def test_46_a_damaged_checkpoint_falls_back(make: Make, undisturbed: str) -> None:
+    run = make(step=0.4)
+    run.tick()
+    job = run.job("trainer")
+    run.until(lambda: run.steps() >= 6, "some checkpoints")
+    run.cluster.run("scancel", "--signal=KILL", job)
+    run.until(lambda: run.attempts("trainer")[0].over or not processes_of(run.attempts("trainer")[0].id), "its death")
+    newest = lineage.newest(Run.open(run.root).records)
+    assert newest is not None
+    [entry] = newest.files
+    path = newest.directory / entry.path
+    path.write_bytes(b"torn" + path.read_bytes()[4:])
+    run.assert_sound(undisturbed)
+    assert run.run.records.require(newest.ref).generation == 1, "it was condemned and made again"
+
+
+# ------------------------------------------------------------------------------------------ people
+
+
+def test_32_cancel_at_any_moment(make: Make, undisturbed: str) -> None:
+    """While its jobs wait, while they run, twice; a later tick brings nothing back; resume goes on to the same weights."""
+    run = make(step=0.3, cluster={"jobs": {"options": ["--begin=now+1hour"]}})
+    run.tick()
+    assert "4 attempt(s) stopped, none left" in run.metaapo("cancel", str(run.root))
+    assert not run.in_queue() and "0 attempt(s) stopped" in run.metaapo("cancel", str(run.root))
+    run.tick()
+    assert not run.in_queue()
+    run.metaapo("resume", str(run.root), "cluster.jobs.options=[]")
+    run.until(lambda: run.steps() >= 4, "training")
+    assert "none left" in run.metaapo("cancel", str(run.root))
+    assert not run.in_queue() and run.outcomes("trainer")[-1] == "saved"
+    run.tick()
+    assert not run.in_queue()
+    assert "clean" in run.metaapo("verify", str(run.root))
+    run.metaapo("resume", str(run.root))
+    run.assert_sound(undisturbed)
+    assert Run.open(run.root).current_incarnation() == 2
+
+
+def test_32_cancel_without_a_controller(new_cluster: Callable[..., DevCluster], make: Make) -> None:
+    private = new_cluster(nodes=2)
+    run = make(on=private, step=0.5)
+    run.tick()
+    run.until(lambda: run.steps() >= 2, "training")
+    private.kill_controller()
+    assert "does not answer" in run.metaapo("cancel", str(run.root), code=75)
+    run.until(lambda: run.attempts("trainer")[0].end is not None, "the trainer to leave by itself")
+    private.start_controller()
+    assert "none left" in run.metaapo("cancel", str(run.root))
+    assert not run.in_queue()
+
+
+def test_workers_may_become_more_and_fewer(make: Make, undisturbed: str) -> None:
+    run = make(step=0.5, inference={"workers": 1})
+    run.tick()
+    run.job("worker-000")
+    run.metaapo("resume", str(run.root), "inference.workers=3", "--detach")
+    run.job("worker-002")
+    run.metaapo("resume", str(run.root), "inference.workers=1", "--detach")
+    run.until(lambda: run.attempts("worker-002")[0].over, "the surplus to leave")
+    assert run.outcomes("worker-002") == ["saved"]
+    run.assert_sound(undisturbed)
+    assert layout.policy(3)

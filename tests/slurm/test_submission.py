@@ -1,0 +1,202 @@
+"""What goes wrong between a submitter and Slurm. The numbers are those of docs/reliability.md."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from devcluster import DevCluster
+
+from tests.slurm.runs import ROOT, PayloadRun, shim
+from toolkit.exchange.run import Run
+
+Make = Callable[..., PayloadRun]
+SLOTS = ("trainer", "sidecar", "worker-000", "worker-001")
+
+
+def test_1_accepted_but_the_client_is_told_otherwise(make: Make, undisturbed: str, tmp_path: Path) -> None:
+    """Every sbatch of this run, those of its own jobs too: the job is taken, the client sees a timeout."""
+    path = shim(
+        tmp_path / "bin",
+        "sbatch",
+        '$REAL "$@" > /dev/null\n'
+        'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1',
+    )
+    run = make()
+    said = run.tick(path=path)
+    assert said.count("unclear") == 4
+    for _ in range(3):
+        run.tick(path=path)
+    assert {slot: len(run.attempts(slot)) for slot in SLOTS[2:]} == {"worker-000": 1, "worker-001": 1}
+    run.assert_sound(undisturbed)
+
+
+def test_1_a_controller_that_answers_too_late(new_cluster: Callable[..., DevCluster], make: Make) -> None:
+    slow = new_cluster(nodes=2, MessageTimeout=3)
+    run = make(on=slow)
+    slow.pause_controller()
+    ticking = threading.Thread(target=run.tick)
+    ticking.start()
+    time.sleep(5)  # the first sbatch has given up by now; the controller will find its request in the socket
+    slow.resume_controller()
+    ticking.join()
+    run.assert_sound()
+
+
+def test_2_the_client_dies_after_sbatch(make: Make, undisturbed: str, tmp_path: Path) -> None:
+    path = shim(tmp_path / "bin", "sbatch", '$REAL "$@" > /dev/null\nkill -9 $PPID')
+    run = make()
+    run.tick(code=-9, path=path)
+    assert {slot: len(run.attempts(slot)) for slot in SLOTS} == {"trainer": 1} | dict.fromkeys(SLOTS[1:], 0)
+    run.tick()
+    run.assert_sound(undisturbed)
+    assert run.outcomes("trainer") == ["done"], "the attempt whose submitter died was adopted"
+
+
+def test_3_no_controller_during_a_tick(new_cluster: Callable[..., DevCluster], make: Make) -> None:
+    private = new_cluster(nodes=2)
+    run = make(on=private, step=0.6)
+    run.tick()
+    run.until(lambda: run.steps() >= 4, "training, and Slurm to have saved its state")
+    private.kill_controller()
+    before = [(attempt.slot, attempt.number) for attempt in run.every_attempt()]
+    said = run.tick(code=75)
+    assert "does not answer" in said and "try again later" in said
+    time.sleep(5)  # the sidecar's own looks fail as well
+    assert [(attempt.slot, attempt.number) for attempt in run.every_attempt()] == before
+    private.start_controller()
+    run.assert_sound()
+
+
+def test_4_a_limit_on_submitted_jobs(make: Make, undisturbed: str) -> None:
+    """The QOS allows 4 jobs, the run wants 7: it goes on with what it gets, and asks less and less often for the rest."""
+    run = make(cluster={"jobs": {"qos": "few", "time_minutes": 3}}, inference={"workers": 4})
+    run.tick()
+    turned_away = [attempt for attempt in run.every_attempt() if attempt.turned_away]
+    assert turned_away and all("SubmitJob" in attempt.start.attributes["reason"] for attempt in turned_away)
+    run.assert_sound(undisturbed)
+    assert len(run.every_attempt()) < 40
+
+
+def test_4_a_known_limit_is_kept(make: Make, undisturbed: str) -> None:
+    run = make(cluster={"jobs": {"qos": "few", "time_minutes": 3}, "submit_limit": 4}, inference={"workers": 4})
+    run.tick()
+    run.assert_sound(undisturbed)
+    assert not any(attempt.turned_away for attempt in run.every_attempt())
+
+
+def test_6_what_can_never_run_is_fatal(make: Make) -> None:
+    """sbatch takes a job that is longer than its partition allows; it would wait for ever."""
+    run = make(cluster={"trainer": {"partition": "short", "time_minutes": 10}})
+    run.tick()
+    run.until(lambda: any(job["reason"] == "PartitionTimeLimit" for job in run.cluster.jobs()), "Slurm to say so")
+    run.tick(code=None)
+    closing = Run.open(run.root).closing()
+    assert closing is not None and "PartitionTimeLimit" in closing.attributes["reason"]
+    assert "time_minutes" in closing.attributes["reason"]
+    run.until(lambda: not run.in_queue(), "all jobs to leave")
+    run = make(cluster={"trainer": {"options": ["--gres=gpu:9"]}})
+    said = run.tick(code=2)
+    assert "Slurm refused trainer" in said and "job.sh" in said
+
+
+def test_8_a_link_whose_dependency_is_dropped_runs_beside_its_predecessor(make: Make, undisturbed: str) -> None:
+    """Slurm forgets what a job waits for: two trainers at once. One of them loses the next checkpoint and stops."""
+    run = make(step=0.3, cluster={"control": "chain", "links": 2})
+    run.metaapo("resume", str(run.root), "--detach")
+    run.until(lambda: run.steps() >= 2, "the first trainer's checkpoint")
+    link = f"metaapo-{run.attempts('trainer')[1].id}"
+    [waiting] = [job["id"] for job in run.cluster.jobs() if job["name"] == link]
+    run.cluster.run("scontrol", "update", f"jobid={waiting}", "dependency=")
+    run.assert_sound(undisturbed)
+    assert sorted(run.outcomes("trainer")) in (["done", "superseded"], ["done", "done"])
+
+
+def test_9_a_dependency_that_can_never_be_satisfied_is_replaced(make: Make, undisturbed: str) -> None:
+    run = make(step=0.5)
+    failed = run.cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap=exit 1").stdout.strip()
+    run.tick()
+    run.until(lambda: len(run.attempts("sidecar")) == 2, "the successor in the queue")
+    name = f"metaapo-{run.attempts('sidecar')[1].id}"
+    [successor] = [job["id"] for job in run.cluster.jobs() if job["name"] == name]
+    run.cluster.run("scontrol", "update", f"jobid={successor}", f"dependency=afterok:{failed}")
+    run.until(lambda: len(run.attempts("sidecar")) == 3, "another successor")
+    assert run.outcomes("sidecar")[1] == "voided"
+    run.assert_sound(undisturbed)
+
+
+def test_10_submission_from_inside_an_array_job(make: Make, undisturbed: str) -> None:
+    """The jobs are as if submitted from a login node: their own memory, no array, the same cluster."""
+    run = make()
+    command = f"{sys.executable} -m toolkit.cli tick {run.root}"
+    run.cluster.run(
+        "sbatch",
+        "--array=7-7",
+        "--mem=900M",
+        "--cpus-per-task=2",
+        "--output=/dev/null",
+        f"--chdir={ROOT}",
+        f"--wrap=srun {command}",
+    )
+    script = f"{sys.executable} -c 'import os, json; print(json.dumps(dict(os.environ)))'"
+    assert script
+    run.job("trainer")
+    job = run.job("worker-000")
+    shown = run.cluster.run("scontrol", "show", "job", job).stdout
+    assert "ArrayJobId" not in shown and "NumCPUs=1 " in shown and "500M" in shown
+    run.assert_sound(undisturbed)
+
+
+def test_28_a_controller_that_crashes_loses_and_replays_jobs(
+    new_cluster: Callable[..., DevCluster], make: Make
+) -> None:
+    private = new_cluster(nodes=2)
+    run = make(on=private, step=0.2)
+    run.tick()
+    time.sleep(2.5)
+    private.kill_controller()
+    time.sleep(1)
+    private.start_controller()
+    for _ in range(40):  # somebody has to: it may be that every job of the run was lost
+        run.tick(code=None)
+        if Run.open(run.root).closing() is not None:
+            break
+        time.sleep(3)
+    run.assert_sound(accounting=False)  # what Slurm itself forgot, its accounting may have wrong
+    assert len(run.every_attempt()) < 20
+
+
+def test_29_accounting_that_is_down_or_late(make: Make, undisturbed: str, tmp_path: Path) -> None:
+    """What only accounting would know is unknown, and unknown is not dead."""
+    path = shim(tmp_path / "bin", "sacct", "sleep 60")
+    run = make(step=0.2, cluster={"query_timeout": 3.0})
+    run.tick(path=path)
+    run.cluster.run("scancel", "--signal=KILL", run.job("worker-000"))
+    run.assert_sound(undisturbed)
+
+
+def test_33_ticks_in_parallel_submit_each_attempt_once(make: Make, undisturbed: str) -> None:
+    run = make()
+    command = [sys.executable, "-m", "toolkit.cli", "tick", str(run.root)]
+    ticks = [subprocess.Popen(command, cwd=ROOT, env=run.cluster.env, stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [tick.wait(60) for tick in ticks] == [0, 0, 0]
+    names = [job["name"] for job in run.cluster.jobs() if job["name"] in run.names()]
+    assert len(names) == len(set(names)) and {len(run.attempts(slot)) for slot in SLOTS[2:]} == {1}
+    run.assert_sound(undisturbed)
+
+
+def test_status_says_why_a_job_waits(make: Make) -> None:
+    """Scenario 23, the half that people see."""
+    run = make(cluster={"jobs": {"options": ["--begin=now+1hour"]}})
+    run.tick()
+    run.until(lambda: all(job["reason"] == "BeginTime" for job in run.cluster.jobs() if job["name"] in run.names()))
+    run.tick()
+    status = json.loads(run.metaapo("status", str(run.root), "--json"))
+    assert {job["slot"]: job["reason"] for job in status["jobs"]}["trainer"] == "BeginTime"
+    assert "4 attempt(s) stopped" in run.metaapo("cancel", str(run.root))
+    assert not run.in_queue()
