@@ -25,6 +25,7 @@ from toolkit.inference.engine import PolicyEngine, Probe, RewardEngine
 from toolkit.inference.evaluation import evaluate_policy, load_metric
 from toolkit.inference.sampling import sample_shard
 from toolkit.inference.settings import EngineSettings, SamplingSettings
+from toolkit.inference.staging import policy_folder
 from toolkit.reporting.metrics import MetricsWriter
 from toolkit.signals import StopFlag
 
@@ -248,8 +249,7 @@ class Worker:
         if self.version != version:
             started = time.monotonic()
             self.version = None
-            paths = [self.run.records.verified(manifest, entry) for entry in manifest.files]
-            self.engine.load(paths[0].parent, [Probe(**probe) for probe in manifest.attributes["probes"]])
+            self.engine.load(policy_folder(self.run.records, manifest), [Probe(**probe) for probe in manifest.attributes["probes"]])
             self.version = version
             self.metrics.write("load", version=version, seconds=time.monotonic() - started)
         return manifest
