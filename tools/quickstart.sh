@@ -4,14 +4,16 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: bash tools/quickstart.sh [--seed N] [--run DIR]
+usage: bash tools/quickstart.sh [--seed N] [--run DIR] [--slurm]
 
 Checks this machine, installs into .venv, builds the toy world, and performs a MetaAPO run on it: a warm-start round and
 three gated rounds. Prints the table of rounds and where the report lies. What is there already is used again: a second
 call shows a finished run, and continues one that was stopped.
 
   --seed N    seed of the toy world and of the run (default 0)
-  --run DIR   the run directory (default runs/quickstart; with another seed runs/quickstart-N)
+  --run DIR   the run directory (default runs/quickstart; with another seed runs/quickstart-N; with --slurm …-slurm)
+  --slurm     the same run as Slurm jobs, on a private Slurm cluster of three nodes that this starts on this machine and stops again:
+              the trainer on two nodes (tensor x pipeline parallel 2 x 2), two workers, a sidecar
   --help      this text
 END
 }
@@ -23,10 +25,12 @@ refuse() { # MESSAGE
 
 seed=0
 run=
+slurm=no
 while (($#)); do
     case $1 in
         --seed) [[ "${2:-}" =~ ^[0-9]{1,9}$ ]] || refuse "--seed expects a whole number from 0, got '${2:-}'"; seed=$((10#$2)); shift 2 ;;
         --run) [[ -n "${2:-}" ]] || refuse "--run expects a directory"; run=$(realpath -m -- "$2"); shift 2 ;;
+        --slurm) slurm=yes; shift ;;
         -h | --help) usage; exit ;;
         *) usage >&2; refuse "unknown argument $1" ;;
     esac
@@ -35,7 +39,7 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 suffix=$( ((seed == 0)) || echo "-$seed")
 world=toy-world$suffix
-run=${run:-runs/quickstart$suffix}
+run=${run:-runs/quickstart$suffix$([[ $slurm == no ]] || echo -slurm)}
 
 unset PYTHONPATH PYTHONHOME
 export OMP_NUM_THREADS=1 # for each role's process: more threads than cores would only wait for each other
@@ -48,6 +52,7 @@ step() { # TEXT
 
 step "1/3 this machine and its packages"
 bash tools/install.sh
+[[ $slurm == no ]] || bash slurm/install.sh
 
 step "2/3 the toy world: a policy, a reward model, preference pairs, a gold reward"
 .venv/bin/python tools/toy_world.py --output "$world" --seed "$seed"
@@ -57,19 +62,34 @@ outcome() { # how the run in $run ended: finished, cancelled or failed; open; or
         .venv/bin/python -c 'import json, sys; print(json.load(sys.stdin)["outcome"] or "open")' 2>/dev/null || echo none
 }
 launch=(launch experiment=quickstart cluster=local toy="$world" run="$run" seed="$seed")
+if [[ $slurm == yes ]]; then
+    cluster=$(mktemp -d /tmp/slurm-XXXXXX)
+    eval "$(.venv/bin/python slurm/devcluster.py start "$cluster" --nodes 3)"
+    trap '.venv/bin/python slurm/devcluster.py stop "$cluster"' EXIT
+    launch=(launch experiment=quickstart cluster=devcluster toy="$world" run="$run" seed="$seed"
+        trainer.tensor=2 trainer.pipeline=2 inference.workers=2)
+fi
+watch() { # after a launch that left the run to its jobs: until they have finished it
+    [[ $slurm == yes ]] || return 0
+    .venv/bin/metaapo status "$run" --watch
+    [[ $(outcome) == finished ]] || { .venv/bin/metaapo explain "$run"; exit 1; }
+    .venv/bin/metaapo report "$run"
+}
 
 case $(outcome) in
     finished)
         step "3/3 the run: $run holds a finished one, shown here. For another: --run DIR or --seed N"
-        .venv/bin/metaapo "${launch[@]}"
+        .venv/bin/metaapo report "$run"
         ;;
     cancelled | failed)
         step "3/3 the run: $run was stopped; it continues"
         .venv/bin/metaapo resume "$run"
+        watch
         ;;
     *)
         step "3/3 the run: metaapo ${launch[*]}"
         .venv/bin/metaapo "${launch[@]}"
+        watch
         ;;
 esac
 

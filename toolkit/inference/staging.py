@@ -25,7 +25,8 @@ def policy_folder(records: Records, manifest: Manifest) -> Path:
     """
     staging = os.environ.get(STAGING)
     if not staging:
-        return [records.verified(manifest, entry) for entry in manifest.files][0].parent
+        paths = [records.verified(manifest, entry) for entry in manifest.files]
+        return paths[0].parent
     folder = Path(staging) / f"metaapo-{records.attempt}"
     shutil.rmtree(folder, ignore_errors=True)
     try:

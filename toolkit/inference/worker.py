@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from toolkit.data.template import ChatTokenizer, RewardTokenizer
 from toolkit.exchange import hints, layout
 from toolkit.exchange.jobs import Heartbeat, Observer
 from toolkit.exchange.records import Manifest, Ref
@@ -28,6 +28,9 @@ from toolkit.inference.settings import EngineSettings, SamplingSettings
 from toolkit.inference.staging import policy_folder
 from toolkit.reporting.metrics import MetricsWriter
 from toolkit.signals import StopFlag
+
+if TYPE_CHECKING:  # brings transformers and torch: seconds, before the first heartbeat
+    from toolkit.data.template import ChatTokenizer, RewardTokenizer
 
 WINDOW = 64  # open shards looked at in one turn
 
@@ -221,6 +224,8 @@ class Worker:
 
     @cached_property
     def tokenizer(self) -> ChatTokenizer:
+        from toolkit.data.template import ChatTokenizer
+
         return ChatTokenizer(self.config.model.policy, self.config.model.template_arguments)
 
     @cached_property
@@ -256,6 +261,8 @@ class Worker:
 
     def _reward(self, folder: str) -> tuple[RewardEngine, RewardTokenizer]:
         if folder not in self.rewards:
+            from toolkit.data.template import RewardTokenizer
+
             started = time.monotonic()
             self.rewards[folder] = RewardEngine(Path(folder), self.engine_settings), RewardTokenizer(folder)
             self.metrics.write("load", reward=folder, seconds=time.monotonic() - started)
