@@ -213,12 +213,12 @@ def status(options: argparse.Namespace) -> None:
             from toolkit.reporting.status import collect
 
             run = Run.open(options.run)
-            found = collect(run, observe(run), found) | {"written": time.time()}
+            found = collect(run, observe(run) if options.refresh else {}, found) | {"written": time.time()}
         if found.get("outcome") and any(job["outcome"] in ("running", "pending") for job in found["jobs"]):
             from toolkit.exchange.run import Run
-            from toolkit.launch.tick import described
+            from toolkit.launch.observe import observe
 
-            found["jobs"] = described(Run.open(options.run))  # they ended after the last status was written
+            found |= observe(Run.open(options.run), ask=False)  # they ended after the last status was written
         return found
 
     if options.json:
@@ -239,7 +239,7 @@ def status(options: argparse.Namespace) -> None:
             live.update(render(found, time.time() - found["written"]))
             if found.get("outcome"):
                 return
-            time.sleep(1.0)
+            time.sleep(60.0 if options.refresh else 1.0)  # a scheduler is asked politely
 
 
 def logs(options: argparse.Namespace) -> None:

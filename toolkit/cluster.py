@@ -70,6 +70,7 @@ class ClusterConfig:
         None  # node-local directory into which policies are copied before they are loaded: $SLURM_TMPDIR
     )
     umask: str = "077"
+    supervise: float = 60.0  # seconds between looks at the scheduler, at least
     query_timeout: float = 60.0  # seconds that a scheduler's command may take
     budgets: Budgets = field(default_factory=Budgets)
 

@@ -172,7 +172,6 @@ class InferenceConfig:
 @dataclass
 class SidecarConfig:
     poll: float = 3.0
-    supervise: float = 60.0  # seconds between looks at the scheduler, at least
 
 
 @dataclass

@@ -3,10 +3,10 @@
     python tools/benchmark_metadata.py [--shards 100 1000] [--directory DIR]
 
 strace counts the operations that a shared filesystem's metadata server has to answer. First for one publication and one
-read of each kind of record. Then for whole runs that differ only in their number of shards: the trainer, two workers, the
-sidecar and its tick in one process that takes turns, so that nobody polls in vain and the count is the same every time. Their
-loops and the exchange are the real ones; in the place of the models stand a few lines of arithmetic, because only files are
-counted. What a shard costs must not depend on how many shards there are.
+read of each kind of record. Then for one turn of a worker beside others. Then for whole runs that differ only in their number
+of shards: the trainer, two workers, the sidecar and its tick in one process that takes turns, so that nobody polls in vain
+and the count is the same every time. Their loops and the exchange are the real ones; in the place of the models stand a few
+lines of arithmetic, because only files are counted. What a shard costs must not depend on how many shards there are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from benchmark_advance import MemoryScheduler
-from benchmark_records import SAMPLES, Maker
+from benchmark_records import SAMPLES, Maker, unsynced
 from benchmark_tools import OPERATIONS, count_operations, print_table, section
 
 from toolkit.exchange import layout, lineage
@@ -32,6 +32,7 @@ from toolkit.launch.tick import Tick
 
 WARM_START = 2  # shards of the first round
 WORKERS = 2
+FLEETS = (2, 50, 1000)  # workers
 
 
 # ------------------------------------------------------------------------------------------- one record of each kind
@@ -129,21 +130,12 @@ class Arithmetic:
             (directory / name).write_bytes(b"weights")
 
 
-def whole_run(root: Path, shards: int) -> None:
-    """What strace watches: a run of one gated round of so many shards, after a short warm start."""
-    import torch.distributed as dist
-
+def make_worker(maker: Maker, run: Run, slot: str) -> Any:
+    """A worker whose responses and annotations are made up."""
     from toolkit.inference.worker import Worker
-    from toolkit.sidecar.pending import Pending
     from toolkit.signals import StopFlag
-    from toolkit.training.control import Control
-    from toolkit.training.trainer import Trainer
-
-    maker = Maker.create(root, [WARM_START, shards], retention={"grace": 0.0}, cluster={"control": "login"})
 
     class Writer(Worker):
-        """A worker whose responses and annotations are made up."""
-
         def _sample(self, index: int, shard: int) -> None:
             requests = self.run.records.table(self.run.records.require(layout.requests(index, shard)))
             maker.responses(index, shard, requests.filter(requests["sampled"])["pair_id"].to_pylist())
@@ -155,10 +147,42 @@ def whole_run(root: Path, shards: int) -> None:
         def _evaluate(self, version: int) -> None:
             maker.evaluation(version)
 
+    return Writer(run, slot, StopFlag())
+
+
+def beside_others(root: Path) -> None:
+    """What strace watches: turns of a worker beside more and more others, each of which samples a shard of its own."""
+    maker = Maker.create(root, [1, max(FLEETS) + 100])
+    for version in (0, 1):
+        maker.policy(version)
+    with unsynced():
+        for shard in range(max(FLEETS) + 100):
+            maker.requests(1, shard)
+    worker, others = make_worker(maker, Run.open(root, "worker-0", 0), "worker-000"), 0
+    for fleet in FLEETS:
+        for number in range(others + 1, fleet):
+            maker.heartbeat(f"worker-{number:03d}", f"a{number}", 1, [str(layout.responses(1, number))])
+        others = fleet - 1
+        section(f"a worker of {fleet:,}: sample or annotate a shard")
+        worker._turn()
+        section("")
+
+
+def whole_run(root: Path, shards: int) -> None:
+    """What strace watches: a run of one gated round of so many shards, after a short warm start."""
+    import torch.distributed as dist
+
+    from toolkit.sidecar.pending import Pending
+    from toolkit.signals import StopFlag
+    from toolkit.training.control import Control
+    from toolkit.training.trainer import Trainer
+
+    maker = Maker.create(root, [WARM_START, shards], retention={"grace": 0.0}, cluster={"control": "login"})
+
     def opened(attempt: str) -> Run:
         return Run.open(root, attempt, 0)
 
-    workers = [Writer(opened(f"worker-{n}"), f"worker-{n:03d}", StopFlag()) for n in range(WORKERS)]
+    workers = [make_worker(maker, opened(f"worker-{n}"), f"worker-{n:03d}") for n in range(WORKERS)]
     sidecar, tick = Pending(opened("sidecar")), Tick(opened("sidecar"), MemoryScheduler())
     for slot in ("trainer", "sidecar", *(worker.slot for worker in workers)):
         maker.attempt(slot, 0, slot)
@@ -197,27 +221,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, nargs="+", default=[100, 1000], help="of each run's gated round")
     parser.add_argument("--directory", type=Path, help="where the runs are made (default: a temporary directory)")
-    parser.add_argument("--watched", nargs=2, metavar=("ROOT", "SHARDS"), help=argparse.SUPPRESS)
+    parser.add_argument("--watched", nargs=2, metavar=("WHAT", "ROOT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.watched:
-        root, shards = Path(options.watched[0]), int(options.watched[1])
-        whole_run(root, shards) if shards else each_kind(root)
+        what, root = options.watched[0], Path(options.watched[1])
+        {"each-kind": each_kind, "beside-others": beside_others}.get(what, lambda r: whole_run(r, int(what)))(root)
         return
     parent = Path(tempfile.mkdtemp(prefix="benchmark-metadata-", dir=options.directory))
 
-    def watch(shards: int) -> dict[str, Any]:
-        root = parent / str(shards)
-        return dict(count_operations([sys.executable, __file__, "--watched", str(root), str(shards)], root))
+    def watch(what: str) -> dict[str, Any]:
+        root = parent / what
+        return count_operations([sys.executable, __file__, "--watched", what, str(root)], root)
 
     try:
-        rows = [
-            [name, *(counts[kind] for kind in OPERATIONS), sum(counts.values())]
-            for name, counts in watch(0).items()
-            if name
-        ]
-        print_table(["one record", *OPERATIONS, "all"], rows)
-        print()
-        rows = [row for shards in options.shards for row in per_shard(watch(shards), shards)]
+        for what in ("each-kind", "beside-others"):
+            found = {name: counts for name, counts in watch(what).items() if name}
+            rows = [
+                [name, *(counts[kind] for kind in OPERATIONS), sum(counts.values())] for name, counts in found.items()
+            ]
+            print_table([what.replace("-", " "), *OPERATIONS, "all"], rows)
+            print()
+        rows = [row for shards in options.shards for row in per_shard(watch(str(shards)), shards)]
         print_table(["operations per shard of", "a run of", *OPERATIONS, "all"], sorted(rows, key=lambda row: row[0]))
     finally:
         shutil.rmtree(parent)

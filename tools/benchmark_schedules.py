@@ -67,7 +67,7 @@ def schedules(pairs: int, pinned: dict[str, Path]) -> dict[str, list[str]]:
             "inference.workers=2",
             "trainer.idle_exit=2",
             "inference.idle_exit=1",
-            "sidecar.supervise=1",
+            "cluster.supervise=1",
         ],
     }
 

@@ -160,7 +160,7 @@ def follow(run: Run) -> tuple[str, list[dict]]:
 
 
 def test_follow_shows_the_run_until_it_is_closed(run: Run, scheduler: Obedient) -> None:
-    run.set_operations(replace(run.config, sidecar=replace(run.config.sidecar, supervise=0.02)))
+    run.set_operations(replace(run.config, cluster=replace(run.config.cluster, supervise=0.02)))
     timer = threading.Timer(1.0, run.close, ("cancelled", "from elsewhere"))
     timer.start()
     outcome, shown = follow(run)
@@ -172,7 +172,7 @@ def test_follow_shows_the_run_until_it_is_closed(run: Run, scheduler: Obedient) 
 
 
 def test_follow_tells_why_a_run_failed(run: Run, scheduler: Obedient) -> None:
-    run.set_operations(replace(run.config, sidecar=replace(run.config.sidecar, supervise=0.02)))
+    run.set_operations(replace(run.config, cluster=replace(run.config.cluster, supervise=0.02)))
     control.start(run)
     scheduler.end(run, "trainer", outcome="failed", kind="refused", error="UserError", message="no such folder")
     outcome, shown = follow(run)
@@ -196,7 +196,7 @@ def test_a_whole_run_of_real_processes(tmp_path: Path, payload) -> None:
         return "done"
     """)
     offline = {"gate": {"kind": "none"}, "weight": {"kind": "one"}, "rounds": 3, "warm_start": "none"}
-    groups = {"method": offline, "reward": {"model": None}, "sidecar": {"supervise": 0.1}}
+    groups = {"method": offline, "reward": {"model": None}, "cluster": {"supervise": 0.1}}
     run = Run.create(tmp_path / "run", make_config(tmp_path / "run", **groups), "launch")
     publish_pairs(run, (4, 4, 4))
     started = time.monotonic()

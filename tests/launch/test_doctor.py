@@ -112,7 +112,7 @@ def test_who_may_submit_and_how_often_is_asked(world: World, answering: dict[str
     answering["site"] = captured.campus()
     found = slurm(world, trainer={"partition": "gpu"}, worker={"partition": "gpu"}, preemption="none", grace=0)
     assert "control: jobs may only be submitted from login[1-4]" in "\n".join(levels(found, "warning"))
-    config = world.config(cluster=GOOD, sidecar={"supervise": 3})
+    config = world.config(cluster=GOOD | {"supervise": 3})
     assert "queries: Slurm would be asked every 3 s" in "\n".join(levels(list(diagnose(config, False)), "warning"))
 
 

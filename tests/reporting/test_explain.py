@@ -141,6 +141,17 @@ def test_what_the_scheduler_says_of_a_death_is_believed(halfway: Sketch, kind: s
     assert expected in findings(halfway)
 
 
+def test_a_cancelled_job_may_have_been_cancelled_for_its_memory(halfway: Sketch) -> None:
+    cancelled = {"outcome": "died", "kind": "cancelled", "message": "somebody cancelled its job"}
+    halfway.attempt("worker-000", 0, "w", cancelled)
+    halfway.log("worker-000", 0, "w", 0, "srun: error: n1: task 0: Killed\n")
+    assert [finding["lines"] for kind, finding in findings(halfway).items() if kind == "cancelled"] == [[]]
+    halfway.log(
+        "worker-000", 0, "w", 0, "slurmstepd-n1: error: Exceeded job memory limit\nsrun: error: n1: task 0: Killed\n"
+    )
+    assert "memory" in findings(halfway)
+
+
 def test_an_unknown_death_shows_the_last_lines(halfway: Sketch) -> None:
     halfway.attempt("trainer", 0, "a", CRASH)
     halfway.log("trainer", 0, "a", 0, "".join(f"step {n}\n" for n in range(30)) + "\n\n")

@@ -11,6 +11,7 @@ import pytest
 
 from tests.launch.conftest import MemoryAdapter
 from tests.sidecar.conftest import SHARDS, Trainer
+from toolkit.cluster import ClusterConfig
 from toolkit.errors import UserError
 from toolkit.exchange import hints, layout
 from toolkit.exchange.run import Run
@@ -24,7 +25,9 @@ class Sidecar:
     def __init__(self, trainer: Trainer, scheduler: MemoryAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(role, "adapter", lambda config: scheduler)
         run, self.stop, self.outcome = trainer.run, StopFlag(), ""
-        run.set_operations(replace(run.config, sidecar=replace(run.config.sidecar, poll=0.01, supervise=0.02)))
+        run.set_operations(
+            replace(run.config, sidecar=replace(run.config.sidecar, poll=0.01), cluster=ClusterConfig(supervise=0.02))
+        )
         self.thread = threading.Thread(target=self._play, args=(Run.open(run.root, "sidecar", 0),), daemon=True)
         self.thread.start()
 

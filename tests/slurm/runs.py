@@ -33,7 +33,7 @@ class PayloadRun:
             "method": {"meta": {"interval": 3, "feature": "log_sigmoid_beta"}, "sampling": {"samples": 3}},
             "trainer": {"checkpoint_steps": 2, "poll": 0.2, "meta_wait": 60.0},
             "inference": {"workers": 2, "does": ["sample", "annotate"], "heartbeat": 0.5, "poll": 0.2},
-            "sidecar": {"poll": 0.2, "supervise": 1.0},
+            "sidecar": {"poll": 0.2},
             "cluster": {
                 "kind": "slurm",
                 "name": "dev",
@@ -51,6 +51,7 @@ class PayloadRun:
                 "interface": "lo",
                 "ranks_per_node": 1,
                 "query_timeout": 20.0,
+                "supervise": 1.0,
             },
         }
         for group, keys in groups.items():

@@ -27,7 +27,6 @@ LAYOUT = [
     "trainer.pipeline=2",
     "inference.workers=2",
     "inference.heartbeat=1",
-    "sidecar.supervise=2",
 ]
 PATIENT = [f"cluster.budgets.{kind}=1000" for kind in ("crash", "node", "unknown", "time", "resource")]
 
@@ -44,7 +43,7 @@ class RealRun(PayloadRun):
     def assert_replayed(self) -> None:
         """Trained again on its records, in the same layout, as processes of this machine: the same bits."""
         again = self.root.with_name(f"{self.root.name}-again")
-        self.metaapo("launch", f"replay_from={self.root}", f"run={again}", "cluster=local", "sidecar.supervise=2")
+        self.metaapo("launch", f"replay_from={self.root}", f"run={again}", "cluster=local")
         replayed, last = Run.open(again), self.run.plan.rounds
         for version in range(1, last + 1):
             if (self.run.records.require(layout.policy(version)).directory).exists():

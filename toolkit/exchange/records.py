@@ -261,8 +261,7 @@ class Records:
             return decode(manifest.path, data), True
         return self.require(ref), False
 
-    @staticmethod
-    def _check_remade(directory: Path, ref: Ref, generation: int, files: Sequence[File]) -> None:
+    def _check_remade(self, directory: Path, ref: Ref, generation: int, files: Sequence[File]) -> None:
         """A record that a kept checkpoint consumed may only be re-made to the same bytes."""
         if generation == 0:
             return
@@ -271,7 +270,7 @@ class Records:
         if required is not None and sorted(entry.digest for entry in files) != sorted(required):
             raise UserError(
                 f"record {ref} was damaged after a checkpoint had consumed it, and making it again gave other bytes. "
-                f"`metaapo explain {directory}` names the checkpoint to go back to."
+                f"`metaapo explain {self.root}` names the checkpoint to go back to."
             )
 
     def table(self, manifest: Manifest, row_group: int | None = None) -> pa.Table:

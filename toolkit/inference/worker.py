@@ -254,7 +254,9 @@ class Worker:
         if self.version != version:
             started = time.monotonic()
             self.version = None
-            self.engine.load(policy_folder(self.run.records, manifest), [Probe(**probe) for probe in manifest.attributes["probes"]])
+            self.engine.load(
+                policy_folder(self.run.records, manifest), [Probe(**probe) for probe in manifest.attributes["probes"]]
+            )
             self.version = version
             self.metrics.write("load", version=version, seconds=time.monotonic() - started)
         return manifest

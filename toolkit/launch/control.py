@@ -109,7 +109,7 @@ def follow(run: Run, show: Callable[[dict], None], every: float = 1.0) -> str:
     ticking = Tick(run, adapter(run.config))
     supervised = -1e9
     while True:
-        if time.monotonic() - supervised >= run.config.sidecar.supervise:
+        if time.monotonic() - supervised >= run.config.cluster.supervise:
             _supervise(ticking)
             supervised = time.monotonic()
         ticking.advance()

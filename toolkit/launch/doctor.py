@@ -185,11 +185,11 @@ def _preemption(config: Config, site: Site) -> Iterator[Finding]:
 
 
 def _control(config: Config, site: Site) -> Iterator[Finding]:
-    cluster, every = config.cluster, config.sidecar.supervise
+    cluster, every = config.cluster, config.cluster.supervise
     if every < POLITE and cluster.control != "chain":
         yield warning(
             "queries",
-            f"Slurm would be asked every {every:g} s; on a shared cluster set sidecar.supervise={POLITE:g} or more",
+            f"Slurm would be asked every {every:g} s; on a shared cluster set cluster.supervise={POLITE:g} or more",
         )
     if cluster.control != "job":
         return

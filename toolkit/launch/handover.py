@@ -18,14 +18,16 @@ from toolkit.config import Config
 from toolkit.exchange import hints
 from toolkit.exchange.run import Run
 from toolkit.launch.adapter import adapter
+from toolkit.launch.attempts import slots
 
 RESTART = 5.0  # seconds after which a hosted sidecar that ended is started again
 UNTENDED = 20  # looks at the scheduler missed after which the other jobs do the keeper's work
 
 
 def keeper(config: Config) -> str:
-    """The slot whose job keeps the run going."""
-    return "trainer" if config.cluster.sidecar_in == "trainer" else "sidecar"
+    """The slot whose job keeps the run going: where there is no sidecar to do it, as in offline training, the trainer's."""
+    alone = config.cluster.kind != "local" and "sidecar" not in slots(config)
+    return "trainer" if alone or config.cluster.sidecar_in == "trainer" else "sidecar"
 
 
 @contextlib.contextmanager
@@ -55,7 +57,7 @@ def sitting(run: Run, slot: str, number: int) -> Iterator[None]:
 
 def _watch(run: Run) -> None:
     """Tick if nobody else does: a crashed controller may have lost both the keeper's job and its successor's."""
-    cluster, pace = run.config.cluster, run.config.sidecar.supervise
+    cluster, pace = run.config.cluster, run.config.cluster.supervise
     if cluster.kind == "local" or cluster.control != "job":
         return
     seen, since = 0.0, time.monotonic()

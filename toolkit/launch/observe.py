@@ -14,8 +14,11 @@ from toolkit.launch.supervise import Supervisor
 from toolkit.launch.tick import describe
 
 
-def observe(run: Run) -> dict[str, Any]:
+def observe(run: Run, ask: bool = True) -> dict[str, Any]:
     """Read the attempts' records and, if this is the run's owner, ask the scheduler for their jobs. Nothing is recorded or sent.
+
+    Args:
+        ask: whether to ask the scheduler at all.
 
     Returns:
         What `toolkit.launch.tick.describe` does, and ``gone``: the slots whose attempts live on in the records alone;
@@ -26,7 +29,7 @@ def observe(run: Run) -> dict[str, Any]:
     supervisor.histories = {slot: attempts(run, slot) for slot in every}
     living = [attempt for history in supervisor.histories.values() for attempt in history if not attempt.over]
     unanswered = None
-    if living and run.root.stat().st_uid == os.getuid():
+    if ask and living and run.root.stat().st_uid == os.getuid():
         try:
             since = min(attempt.intent.written for attempt in living)
             supervisor.jobs = supervisor.adapter.look([attempt.id for attempt in living], since)

@@ -57,7 +57,8 @@ def check_model(key: str, folder: str, architectures: set[str] | None) -> dict:
     path = Path(folder)
     if not path.is_dir():
         raise UserError(
-            f"{key}: expected a Hugging Face folder, got {folder}, which is not a directory. Download it to a folder first."
+            f"{key}: expected a Hugging Face folder, got {folder}, which is not a directory. A model of the Hub is downloaded "
+            f"first, where there is a network: metaapo prefetch … {key}={folder} --to DIR"
         )
     try:
         description = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -129,7 +129,7 @@ class Supervisor:
             age = time.time() - attempt.intent.written
             if (
                 known
-                or age > max(START_PATIENCE, 1.5 * run.config.sidecar.supervise)
+                or age > max(START_PATIENCE, 1.5 * run.config.cluster.supervise)
                 or run.closing(attempt.incarnation) is not None
             ):
                 void(run, attempt, job.message if known else "never started", kind=job.kind if known else "unknown")
@@ -197,7 +197,7 @@ class Supervisor:
         refusals = 0
         while refusals < len(history) and history[-1 - refusals].turned_away:
             refusals += 1
-        wait = min(BUSY_PATIENCE, run.config.sidecar.supervise * 2**refusals) if refusals else 0.0
+        wait = min(BUSY_PATIENCE, run.config.cluster.supervise * 2**refusals) if refusals else 0.0
         return (room is None or room > 0) and (not refusals or time.time() - history[-1].intent.written > wait)
 
 
@@ -259,7 +259,9 @@ def submit(
         "operations": run.operations_version(),
         "code": code,
         "progress": progress(run),
-        "gpus": job.nodes * job.gpus_per_node,
+        "gpus": 0
+        if adapter.same_machine
+        else job.nodes * job.gpus_per_node,  # those of a machine of yours are not billed
     }
     intent, won = run.records.publish(layout.job(slot, number, "intent"), attributes)
     if not won or run.closing(incarnation) is not None:
@@ -304,7 +306,7 @@ def specification(
         code=snapshot.directory(root, code),
         nodes=ranks // per_node,
         tasks_per_node=per_node,
-        gpus_per_node=gpus if wish.gpu_request or local else 0,
+        gpus_per_node=gpus if wish.gpu_request is not None or local else 0,
         request=wish,
         margin=config.cluster.margin,
         after=after,

@@ -10,7 +10,7 @@ from toolkit.exchange.reports import condemn_reported
 from toolkit.exchange.retention import collect_garbage
 from toolkit.exchange.run import Run
 from toolkit.launch.adapter import Adapter, State
-from toolkit.launch.attempts import Attempt, attempts, current, gpu_hours, known_slots, slots
+from toolkit.launch.attempts import Attempt, current, gpu_hours
 from toolkit.launch.deaths import bad_nodes, by_kind
 from toolkit.launch.supervise import Supervisor
 from toolkit.reporting import status
@@ -69,12 +69,8 @@ def _describe(attempt: Attempt, supervisor: Supervisor | None = None) -> dict[st
         "outcome": attempt.outcome,
         "kind": words.get("kind"),
         "message": words.get("message"),
-        "job": job.id if job is not None else None,
+        "job": job.id
+        if job is not None
+        else (attempt.start.attributes.get("job") if attempt.start is not None else None),
         "reason": job.reason if job is not None and pending else None,
     }
-
-
-def described(run: Run) -> list[dict[str, Any]]:
-    """The attempts that stand for a run's slots, from the records alone."""
-    histories = (attempts(run, slot) for slot in dict.fromkeys([*slots(run.config), *known_slots(run)]))
-    return [_describe(current(history)) for history in histories if history]

@@ -118,6 +118,10 @@ def _diagnose(run: Run, attempt: Attempt) -> Finding:
     found = [(sign, source) for source in sources for sign in symptoms.signs(source.lines)]
     if death["kind"] in BY_SCHEDULER:
         found = [pair for pair in found if pair[0].symptom.death == death["kind"]]
+    if death["kind"] == "cancelled":  # by somebody, or by Slurm itself, which does so to what takes too much memory
+        found = [
+            (s, where) for s, where in found if s.symptom.weight == symptoms.CAUSE or s.symptom.death == "cancelled"
+        ]
     if death["kind"] == "refused":  # its own sentence says it, unless it only says what another rank's end looked like
         found = [(s, where) for s, where in found if where.path is None and s.symptom.weight == symptoms.CAUSE] or found
     best = min(found, key=lambda pair: symptoms.order(pair[0]), default=None)
@@ -144,7 +148,7 @@ def _unstarted(run: Run, attempt: Attempt) -> Finding | None:
         meaning = (
             f"Its job would have been pending for ever: {FATAL.get(pending, 'the scheduler says so')} ({pending})."
         )
-        return Finding("pending for ever", meaning, f"Mend the profile.\nmetaapo resume {run.root} cluster.KEY=VALUE")
+        return Finding(standstill.FOR_EVER, meaning, f"Mend the profile.\nmetaapo resume {run.root} cluster.KEY=VALUE")
     if reason == "never started":
         meaning = "The scheduler knew no job of it: the submission failed, or its answer got lost."
         return Finding("never submitted", meaning, "It needs nothing of you, unless it happens again and again.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from toolkit.errors import UserError
 if TYPE_CHECKING:
     from toolkit.exchange.run import Run
 
+RANK_LOG = re.compile(r".+_(\d+)_log\.out")
 BLOCK = 64 * 1024  # bytes read at a time, and looked at by `end`
 COUNTED = 64 * 2**20  # bytes of a log before a line up to which its number is worth counting
 
@@ -23,7 +25,7 @@ def slots(root: Path) -> list[str]:
 
 def folders(root: Path, slot: str) -> dict[int, Path]:
     """The log folder of each attempt of a slot, by the attempt's number."""
-    found = sorted(path for path in (root / "logs" / slot).glob("*-*") if path.is_dir())
+    found = sorted(path for path in (root / "logs" / slot).glob("[0-9][0-9][0-9][0-9]*-*") if path.is_dir())
     return {int(path.name.partition("-")[0]): path for path in found}
 
 
@@ -34,13 +36,16 @@ def of_ranks(folder: Path) -> list[Path]:
         UserError: this user may not read them.
     """
     try:
-        return sorted((path for path in folder.iterdir() if path.name.endswith("_log.out")), key=lambda p: rank(p))
+        return sorted((path for path in folder.iterdir() if RANK_LOG.fullmatch(path.name)), key=rank)
     except PermissionError:
         raise UserError(f"only the owner of {folder} may read the logs in it") from None
 
 
 def rank(path: Path) -> int:
-    return int(path.name.removesuffix("_log.out").rpartition("_")[2])
+    """The rank whose log a path is."""
+    match = RANK_LOG.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
 
 def read(path: Path) -> str:

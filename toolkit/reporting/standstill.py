@@ -19,6 +19,7 @@ from toolkit.reporting.reasons import in_words
 from toolkit.reporting.terminal import QUIET, duration
 
 SHOWN = 4  # names in a list
+FOR_EVER = "pending for ever"
 SILENT = 900.0  # seconds without a line written after which a role that runs is asked about
 
 
@@ -28,7 +29,10 @@ def of_open_run(run: Run, status: dict[str, Any]) -> list[Finding]:
     Args:
         status: from `toolkit.reporting.status.collect`, just observed.
     """
-    return [*_untended(run, status), *_gone(run, status["gone"]), _waiting(run, status), *_pending(run, status["jobs"])]
+    pending = _pending(run, status["jobs"])
+    hopeless = [finding for finding in pending if finding.kind == FOR_EVER]
+    others = [finding for finding in pending if finding.kind != FOR_EVER]
+    return [*_untended(run, status), *_gone(run, status["gone"]), *hopeless, _waiting(run, status), *others]
 
 
 def _untended(run: Run, status: dict[str, Any]) -> list[Finding]:
@@ -40,8 +44,8 @@ def _untended(run: Run, status: dict[str, Any]) -> list[Finding]:
         slot, control = keeper(run.config), run.config.cluster.control
         job = next((job for job in status["jobs"] if job["slot"] == slot), None)
         who = f"With cluster.control={control} a launch that stays in the foreground does it, or cron."
-        if control == "job" and job is not None:
-            who = f"The {slot}'s job does it while it runs; it is {_state(job)}."
+        if control == "job":
+            who = f"The {slot}'s job does it while it runs; " + (f"it is {_state(job)}." if job else "there is none.")
         advice = f"To do it once, and have submitted what is missing:\nmetaapo tick {run.root}"
         found.append(Finding("nobody keeps it going", f"{last} {who}", advice))
     if status["unanswered"] is not None:
@@ -66,7 +70,7 @@ def _pending(run: Run, jobs: list[dict[str, Any]]) -> list[Finding]:
             continue
         fatal = reason in FATAL
         advice = f"Mend the profile.\nmetaapo resume {run.root} cluster.KEY=VALUE" if fatal else ""
-        new = Finding("pending for ever" if fatal else "pending", f"{_sentence(in_words(reason))}.", advice)
+        new = Finding(FOR_EVER if fatal else "pending", f"{_sentence(in_words(reason))}.", advice)
         found.setdefault(reason, new).attempts.append(
             {key: job[key] for key in ("slot", "number", "job")} | {"nodes": None, "ended": None}
         )

@@ -131,7 +131,7 @@ def _ends(policies: list[dict[str, Any]], last: int | None, name: str, metric: b
 
 
 def _attempt(attempt: Attempt) -> dict[str, Any]:
-    end = {} if attempt.end is None else attempt.end.attributes
+    end = attempt.death or ({} if attempt.end is None else attempt.end.attributes)
     started, ended = attempt.start, attempt.end
     return {
         "slot": attempt.slot,

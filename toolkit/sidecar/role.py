@@ -42,7 +42,7 @@ def keep(run: Run, slot: str, stop: StopFlag, turn: Callable[[], bool]) -> str:
     heartbeat = Heartbeat(run.root, slot, run.attempt)
     config = run.config.sidecar
     if run.config.cluster.control == "job":  # else nothing can be submitted from here
-        threading.Thread(target=_supervise, args=(tick, config.supervise, stop), daemon=True).start()
+        threading.Thread(target=_supervise, args=(tick, run.config.cluster.supervise, stop), daemon=True).start()
     while not stop.is_set():
         with contextlib.suppress(Superseded):  # the run was closed under this turn; that is met below
             while turn():

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from toolkit.errors import UserError
 from toolkit.training.layout import ParallelLayout
 
 _CPU = torch.device("cpu")
@@ -102,7 +101,7 @@ def initialize(
         seed: of Megatron's generators (they matter with dropout only, which is off).
 
     Raises:
-        UserError: the processes don't find each other.
+        ConnectionError: the processes don't find each other; another attempt may.
     """
     prepare()
     from megatron.core import parallel_state, tensor_parallel
@@ -120,7 +119,7 @@ def initialize(
             timeout=timedelta(seconds=timeout_seconds),
         )
     except (dist.DistError, RuntimeError, OSError) as error:
-        raise UserError(
+        raise ConnectionError(
             f"rank {rank} of {layout.world_size} could not join the others within "
             f"{timeout_seconds:.0f} s: {error}. Check that all ranks started and reach that place; where a machine has "
             "several networks, name one in GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME)."

@@ -87,7 +87,7 @@ def _meet(run: Run, slot: str, number: int, rank: int) -> dist.Store:
     deadline = time.monotonic() + MEETING_PATIENCE
     while (found := run.records.find(ref)) is None:
         if time.monotonic() > deadline:
-            raise UserError(
+            raise ConnectionError(
                 f"rank 0 of {slot} attempt {number} did not say within {MEETING_PATIENCE:.0f} s where to meet; see its log"
             )
         time.sleep(0.2)
@@ -95,7 +95,7 @@ def _meet(run: Run, slot: str, number: int, rank: int) -> dist.Store:
     try:
         return dist.TCPStore(place["host"], place["port"], is_master=False, timeout=patience)
     except (dist.DistError, RuntimeError) as error:
-        raise UserError(
+        raise ConnectionError(
             f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {place['host']}:{place['port']}: {error}"
         ) from error
 
