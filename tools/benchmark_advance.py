@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from benchmark_records import BATCH, SHARD, Maker, unsynced
-from benchmark_tools import NO_STRACE, OPERATIONS, count_operations, print_table, section
+from benchmark_tools import NO_STRACE, OPERATIONS, can_count, count_operations, print_table, section
 
 from toolkit.config import RetentionConfig
 from toolkit.exchange import layout
@@ -213,7 +213,7 @@ def main() -> None:
         print(f"{options.shards:,} shards and {options.workers:,} workers made in {made:.0f} s", flush=True)
         times = measure(root, going_on, options.times)
         watched = [sys.executable, __file__, "--look", str(root)]
-        counted = {} if shutil.which("strace") is None else count_operations(watched, root)
+        counted = count_operations(watched, root) if can_count() else {}
         rows = []
         for name, values in times.items():
             own = counted.get(name)

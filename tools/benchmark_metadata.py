@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from benchmark_advance import MemoryScheduler
 from benchmark_records import SAMPLES, Maker, unsynced
-from benchmark_tools import OPERATIONS, count_operations, print_table, section
+from benchmark_tools import NO_STRACE, OPERATIONS, can_count, count_operations, print_table, section
 
 from toolkit.exchange import layout, lineage
 from toolkit.exchange.records import Ref, check
@@ -227,6 +227,8 @@ def main() -> None:
         what, root = options.watched[0], Path(options.watched[1])
         {"each-kind": each_kind, "beside-others": beside_others}.get(what, lambda r: whole_run(r, int(what)))(root)
         return
+    if not can_count():
+        parser.error(NO_STRACE)
     parent = Path(tempfile.mkdtemp(prefix="benchmark-metadata-", dir=options.directory))
 
     def watch(what: str) -> dict[str, Any]:

@@ -25,12 +25,19 @@ OPERATIONS = {
 OPERATION = {call: name for name, calls in OPERATIONS.items() for call in calls}
 CALL = re.compile(r"\d+ +(\w+)\(")
 SECTION = re.compile(r'section:([^"]*)"')
-NO_STRACE = "operations are not counted: strace is not installed (apt-get install strace)"
+NO_STRACE = (
+    "operations are not counted: strace is not installed (apt-get install strace), or may not watch processes here"
+)
 
 
 def section(name: str) -> None:
     """For the process that is watched: from here on its operations count under this name."""
     os.access(f"section:{name}", os.F_OK)  # only strace sees it
+
+
+def can_count() -> bool:
+    """Whether `count_operations` works here."""
+    return shutil.which("strace") is not None and subprocess.run(["strace", "-o", os.devnull, "true"]).returncode == 0
 
 
 def count_operations(command: Sequence[str], root: Path) -> dict[str, Counter[str]]:
@@ -42,11 +49,8 @@ def count_operations(command: Sequence[str], root: Path) -> dict[str, Counter[st
         By `section` and kind of operation (`OPERATIONS`); what comes before the first section is left out.
 
     Raises:
-        FileNotFoundError: strace is not installed.
         RuntimeError: the command failed.
     """
-    if shutil.which("strace") is None:
-        raise FileNotFoundError(NO_STRACE)
     with tempfile.NamedTemporaryFile("r", suffix=".strace") as log:
         trace = ["strace", "-f", "-y", "-s", "4096", "--seccomp-bpf", "-e", f"trace={','.join(OPERATION)}"]
         done = subprocess.run([*trace, "-o", log.name, *command], capture_output=True, text=True, check=False)

@@ -165,7 +165,7 @@ def message(action: Any) -> str:
     """The message of the UserError that ``action`` raises."""
     try:
         action()
-    except UserError as error:
+    except (UserError, ConnectionError) as error:
         return str(error)
     return "no error"
 

@@ -77,6 +77,7 @@ class Supervisor:
         self._read(run)
         if run.closing(incarnation) is not None:
             withdraw_attempts(run, self.adapter, self._pending(self.histories.values()))
+            dismiss(run, self.adapter, [attempt for history in self.histories.values() for attempt in history])
             return
         wanted = slots(run.config)
         self._dismiss(run, wanted)
@@ -216,11 +217,20 @@ def void(run: Run, attempt: Attempt, reason: str, kind: str = "unknown") -> None
 
 
 def withdraw(run: Run, adapter: Adapter) -> None:
-    """Take a closed run's pending attempts out of the queue."""
-    pending = [a for slot in known_slots(run) for a in attempts(run, slot) if a.start is None and a.end is None]
-    if pending:
-        adapter.look([attempt.id for attempt in pending], min(attempt.intent.written for attempt in pending))
-    withdraw_attempts(run, adapter, pending)
+    """Take a closed run's pending attempts out of the queue, and ask the running ones to leave."""
+    living = [attempt for slot in known_slots(run) for attempt in attempts(run, slot) if not attempt.over]
+    if living:
+        adapter.look([attempt.id for attempt in living], min(attempt.intent.written for attempt in living))
+    withdraw_attempts(run, adapter, [attempt for attempt in living if attempt.start is None])
+    dismiss(run, adapter, living)
+
+
+def dismiss(run: Run, adapter: Adapter, history: Sequence[Attempt]) -> None:
+    """Ask the running attempts of a run that was given up to save and leave; those of a finished one are about to."""
+    closing = run.closing()
+    running = [attempt.id for attempt in history if attempt.outcome == "running" and attempt.id != run.attempt]
+    if running and closing is not None and closing.attributes["outcome"] != "finished":
+        adapter.cancel(running)
 
 
 def withdraw_attempts(run: Run, adapter: Adapter, pending: Sequence[Attempt]) -> None:

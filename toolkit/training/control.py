@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from toolkit.signals import StopFlag
 
-DATA, NOT_YET, IDLE = range(3)
+DATA, NOT_YET, IDLE, OVER = range(4)
 
 
 class Stopped(Exception):
@@ -116,8 +116,13 @@ class Control:
         if flag.item():
             raise Stopped
 
-    def wait(self, look: Callable[[], bool], poll: float, idle_exit: float) -> None:
+    def wait(
+        self, look: Callable[[], bool], poll: float, idle_exit: float, is_over: Callable[[], bool] = lambda: False
+    ) -> None:
         """Wait until rank 0's ``look()`` is true: a loop of short broadcasts, so that no collective times out.
+
+        Args:
+            is_over: whether the run was closed meanwhile, as rank 0 sees it.
 
         Raises:
             Stopped, Starved: on all ranks.
@@ -127,10 +132,14 @@ class Control:
         def state() -> int:
             if look():
                 return DATA
+            if is_over():
+                return OVER
             return IDLE if time.monotonic() - started > idle_exit else NOT_YET
 
         while (now := self.lead(state)) != DATA:
             self.check_stop()
+            if now == OVER:
+                raise Stopped
             if now == IDLE:
                 raise Starved
             self._stop.sleep(poll)

@@ -6,6 +6,7 @@ Every method is collective: all ranks call it in the same order; only rank 0 rea
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -256,8 +257,13 @@ class Trainer:
                 self._gate(index)
             return False
 
-        self.control.wait(look, self.config.trainer.poll, self.config.trainer.idle_exit)
+        self._wait(look, self.config.trainer.poll)
         self._note("wait", round=index, shard=shard, seconds=time.monotonic() - started)
+
+    def _wait(self, look: Callable[[], bool], poll: float) -> None:
+        self.control.wait(
+            look, poll, self.config.trainer.idle_exit, lambda: self.run.closing(self.run.incarnation) is not None
+        )
 
     def _gate(self, index: int) -> None:
         derive.publish_phis(self.run, self.plan.version_before_round(index))
@@ -288,7 +294,7 @@ class Trainer:
                     derive.publish_phis(self.run, version)
                 return False
 
-            self.control.wait(look, min(1.0, self.config.trainer.poll), self.config.trainer.idle_exit)
+            self._wait(look, min(1.0, self.config.trainer.poll))
             self._note("wait", phi=version, seconds=time.monotonic() - started)
             states: list[MetaLearnerState] = []
 
