@@ -9,4 +9,11 @@ bash slurm/install.sh || { status=$?; [[ $status == 3 && "${CI:-}" != true ]] ||
 unset PYTHONPATH PYTHONHOME
 export OMP_NUM_THREADS=1 # tests start processes by the dozen; results are also compared bit for bit
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec .venv/bin/python -m pytest --durations=20 "$@"
+if (($#)); then
+    exec .venv/bin/python -m pytest --durations=20 "$@"
+fi
+failed=0
+.venv/bin/python -m pytest --durations=20 --ignore=tests/slurm || failed=1
+# These mostly wait, for Slurm's timeouts and for each other's processes: several private clusters side by side.
+.venv/bin/python -m pytest --durations=20 tests/slurm --numprocesses=3 --dist=worksteal || failed=1
+exit $failed
