@@ -238,8 +238,10 @@ def status(options: argparse.Namespace) -> None:
             found = read()
             live.update(render(found, time.time() - found["written"]))
             if found.get("outcome"):
-                return
+                break
             time.sleep(60.0 if options.refresh else 1.0)  # a scheduler is asked politely
+    if not console.is_terminal:
+        console.print()  # rich leaves the last line open
 
 
 def logs(options: argparse.Namespace) -> None:

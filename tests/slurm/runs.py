@@ -64,7 +64,7 @@ class PayloadRun:
         world = World(root.parent / f"{root.name}.world")
         values["data"] = {"path": str(world.data)}
         values["model"] = {"policy": str(world.policy)}
-        values["reward"] = {"model": str(world.reward)}
+        values["reward"] = {"model": str(world.reward)} if values["method"].get("gate") is None else {"model": None}
         self.run = Run.create(root, make_config(root, seed=5, **values), "test")
         publish_pairs(self.run, PAIRS)
 

@@ -46,6 +46,17 @@ def test_the_sidecar_may_live_in_the_trainers_job(make: Make, undisturbed: str) 
     assert not run.attempts("sidecar") and run.outcomes("trainer") == ["done", "voided"]
 
 
+def test_offline_training_keeps_itself_going(make: Make) -> None:
+    """A trainer and nothing else: its job hosts what ticks, and has its successor in the queue."""
+    method = {"gate": {"kind": "none"}, "weight": {"kind": "one"}}
+    run = make(step=0.4, method=method, cluster={"trainer": {"memory": "--mem=1500M"}}, inference={"does": ["sample"]})
+    run.tick()
+    run.until(lambda: len(run.attempts("trainer")) == 2 and run.steps() >= 4, "a successor, and a checkpoint")
+    run.cluster.run("scancel", "--signal=KILL", run.job("trainer"))
+    run.assert_sound()
+    assert run.outcomes("trainer")[0] in ("died", "saved") and run.outcomes("trainer")[1] == "done"
+
+
 def test_where_compute_nodes_may_not_submit_a_launch_follows(make: Make, undisturbed: str, tmp_path: Path) -> None:
     """control=login: the jobs find no sbatch, squeue or scancel; a process on the login node keeps the run going."""
     run = make(cluster={"control": "login", "jobs": {"setup": ["hash -p /bin/false sbatch squeue scancel sacct"]}})
