@@ -177,7 +177,8 @@ def _go_on(run: Run, detach: bool) -> int:
 
     console, cluster = _console(), run.config.cluster
     if detach or (cluster.kind != "local" and cluster.control != "login"):
-        control.start(run)
+        for note in control.start(run):
+            console.print(f"note: {note}", soft_wrap=True)
         console.print(
             f"started. Watch: metaapo status {run.root} --watch   Stop: metaapo cancel {run.root}", soft_wrap=True
         )

@@ -29,8 +29,9 @@ from typing import Any
 
 from benchmark_tools import print_table
 
+from toolkit.errors import UserError
 from toolkit.exchange import layout
-from toolkit.exchange.records import Manifest
+from toolkit.exchange.records import Manifest, Ref
 from toolkit.exchange.run import Run
 from toolkit.reporting import metrics
 
@@ -65,17 +66,21 @@ class Launched:
             start_new_session=True,
         )
 
-    def record(self, number: int, event: str) -> Manifest:
-        """A record of the trainer's attempt, once it is there."""
+    def find(self, ref: Ref, what: str) -> Manifest:
+        """A record, once it is there."""
 
         def look() -> Manifest | None:
             if self.process.poll() not in (None, 0):
                 raise RuntimeError(f"the launch failed: {Path(self.log.name).read_text()[-3000:]}")
-            with contextlib.suppress(Exception):  # no run yet
-                return Run.open(self.root).records.find(layout.job("trainer", number, event))
+            with contextlib.suppress(UserError):  # no run yet
+                return Run.open(self.root).records.find(ref)
             return None
 
-        return wait_for(look, f"trainer attempt {number}: {event}")
+        return wait_for(look, what)
+
+    def record(self, number: int, event: str) -> Manifest:
+        """A record of the trainer's attempt, once it is there."""
+        return self.find(layout.job("trainer", number, event), f"trainer attempt {number}: {event}")
 
     def line(self, number: int, matches: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
         """The first line of metrics of the trainer's attempt that matches, once it is there."""
@@ -105,7 +110,8 @@ def is_step(line: dict[str, Any]) -> bool:
 
 def measure(run: Launched) -> dict[str, float]:
     """Moments in seconds since the epoch, in their order."""
-    found = {"launch": run.time, "trainer's intent": run.record(0, "intent").written}
+    found = {"launch": run.time, "pairs prepared": run.find(layout.PAIRS, "the pairs").written}
+    found["trainer's intent"] = run.record(0, "intent").written
     found["trainer started"] = run.record(0, "start").written
     found["model loaded"] = run.line(0, lambda line: line["kind"] == "start", "the model")["time"]
     found["first step"] = run.line(0, is_step, "the first step")["time"]

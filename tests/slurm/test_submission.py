@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from devcluster import DevCluster
 
 from tests.slurm.runs import ROOT, PayloadRun, shim
@@ -171,13 +172,19 @@ def test_28_a_controller_that_crashes_loses_and_replays_jobs(
     assert len(run.every_attempt()) < 20
 
 
-def test_29_accounting_that_is_down_or_late(make: Make, undisturbed: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["late", "down"])
+def test_29_accounting_that_is_late_or_down(
+    new_cluster: Callable[..., DevCluster], make: Make, undisturbed: str, tmp_path: Path, how: str
+) -> None:
     """What only accounting would know is unknown, and unknown is not dead."""
-    path = shim(tmp_path / "bin", "sacct", "sleep 60")
-    run = make(step=0.2, cluster={"query_timeout": 3.0})
+    private = new_cluster(nodes=2)
+    path = shim(tmp_path / "bin", "sacct", "sleep 60" if how == "late" else 'exec $REAL "$@"')
+    run = make(on=private, step=0.2, cluster={"query_timeout": 3.0})
     run.tick(path=path)
-    run.cluster.run("scancel", "--signal=KILL", run.job("worker-000"))
-    run.assert_sound(undisturbed)
+    if how == "down":
+        private.stop_accounting()
+    private.run("scancel", "--signal=KILL", run.job("worker-000"))
+    run.assert_sound(undisturbed, accounting=how == "late")
 
 
 def test_33_ticks_in_parallel_submit_each_attempt_once(make: Make, undisturbed: str) -> None:

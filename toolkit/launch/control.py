@@ -81,23 +81,33 @@ def tick(run: Run) -> None:
         ticking.advance()
 
 
-def start(run: Run) -> None:
-    """Submit the roles and return; with ``cluster.control=chain`` all their attempts, each waiting for the one before."""
+def start(run: Run) -> list[str]:
+    """Submit the roles and return; with ``cluster.control=chain`` all their attempts, each waiting for the one before.
+
+    Returns:
+        What did not go as wished, in words.
+    """
     tick(run)
-    if run.config.cluster.control == "chain" and run.config.cluster.kind != "local":
-        _chain(run)
+    chained = run.config.cluster.control == "chain" and run.config.cluster.kind != "local"
+    return _chain(run) if chained else []
 
 
-def _chain(run: Run) -> None:
+def _chain(run: Run) -> list[str]:
     scheduler, incarnation = adapter(run.config), run.current_incarnation()
     assert incarnation is not None
+    notes = []
     for slot in slots(run.config):
         last = attempts(run, slot)[-1]
         before = scheduler.look([last.id], last.intent.written)[last.id].id
         for number in range(last.number + 1, last.number + run.config.cluster.links):
-            if before is None:
-                raise UserError(f"{slot}: only {number} links are queued, as it is unclear whether Slurm took the last")
+            if before is None or scheduler.room() == 0:
+                notes.append(
+                    f"{slot}: {number} of {run.config.cluster.links} links are queued; Slurm did not take more now. "
+                    f"Later: metaapo tick {run.root}"
+                )
+                break
             before = submit(run, scheduler, slot, number, incarnation, after=before)
+    return notes
 
 
 def follow(run: Run, show: Callable[[dict], None], every: float = 1.0) -> str:

@@ -39,12 +39,8 @@ def sitting(run: Run, slot: str, number: int) -> Iterator[None]:
         return
     with _hosted_sidecar(run, number) if slot == "trainer" else contextlib.nullcontext():
         yield
-        if (
-            slot == "trainer" and run.finished()
-        ):  # the sidecar has still to see the last evaluation in, and to close the run
-            deadline = time.monotonic() + run.config.trainer.idle_exit
-            while run.closing(run.incarnation) is None and time.monotonic() < deadline:
-                time.sleep(min(1.0, run.config.sidecar.poll))
+        if slot == "trainer":
+            _wait_for_the_end(run)
     cluster = run.config.cluster
     if cluster.kind != "local" and cluster.control == "job" and run.closing(run.incarnation) is not None:
         from toolkit.launch.supervise import withdraw
@@ -53,6 +49,13 @@ def sitting(run: Run, slot: str, number: int) -> Iterator[None]:
             withdraw(Run.open(run.root, run.attempt), adapter(run.config))
         except Exception as error:  # what stays in the queue finds the run closed and ends at once
             print(f"handover: {type(error).__name__}: {error}")
+
+
+def _wait_for_the_end(run: Run) -> None:
+    """A trainer that is done stays until its sidecar has seen the last evaluation in and closed the run, for a bounded time."""
+    deadline = time.monotonic() + run.config.trainer.idle_exit
+    while run.finished() and run.closing(run.incarnation) is None and time.monotonic() < deadline:
+        time.sleep(min(1.0, run.config.sidecar.poll))
 
 
 def _watch(run: Run) -> None:
