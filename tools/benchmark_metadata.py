@@ -198,7 +198,7 @@ def whole_run(root: Path, shards: int) -> None:
         section("trainer")
 
     class TakingTurns(Control):
-        def wait(self, look: Callable[[], bool], poll: float, idle_exit: float) -> None:
+        def wait(self, look: Callable[[], bool], *patience: object) -> None:
             while not look():
                 others()
 

@@ -47,6 +47,11 @@ def newest(records: Records, series: Series) -> Manifest | None:
     return next(valid(records.find, records.root, series), None)
 
 
+def names(root: Path, directory: str) -> set[str]:
+    """The names in a directory that ever had a record, condemned ones too."""
+    return {match[1] for path in _entries(root / directory) if (match := MANIFEST.fullmatch(path.name))}
+
+
 def present(root: Path, refs: Iterable[Ref]) -> set[Ref]:
     """Those that ever had a record, condemned ones too, by one listing of each directory.
 
@@ -55,11 +60,8 @@ def present(root: Path, refs: Iterable[Ref]) -> set[Ref]:
     wanted: dict[str, set[Ref]] = {}
     for ref in refs:
         wanted.setdefault(ref.directory, set()).add(ref)
-    found: set[Ref] = set()
-    for directory, own in wanted.items():
-        names = {match[1] for path in _entries(root / directory) if (match := MANIFEST.fullmatch(path.name))}
-        found |= {ref for ref in own if ref.name in names}
-    return found
+    there = {directory: names(root, directory) for directory in wanted}
+    return {ref for own in wanted.values() for ref in own if ref.name in there[ref.directory]}
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -18,7 +18,7 @@ BLAMED = ("crash", "resource", "corrupt")  # deaths that the work may be to blam
 POISON = 3  # deaths at the same piece of work that stop the run
 AT_ONCE = 120.0  # seconds: a death this early after the start may be the node's fault
 STRIKES = 2  # such deaths, or failures, of a node after which it is avoided
-AVOIDED = 16  # nodes at most: if more seem bad, it is not the nodes
+MEMORY_OF_STRIKES = 3600.0  # seconds
 
 
 def verdict(run: Run, slot: str, history: Sequence[Attempt]) -> str | None:
@@ -90,10 +90,14 @@ def _pairs(run: Run, work: str) -> str:
     return f"its pairs: {', '.join(ids[:4])}{more}; "
 
 
-def bad_nodes(histories: Iterable[Sequence[Attempt]], incarnation: int) -> tuple[str, ...]:
-    """Nodes to avoid: those that failed, or killed jobs at once, more than once, while others did well. Sorted.
+def bad_nodes(histories: Iterable[Sequence[Attempt]], incarnation: int, now: float) -> tuple[str, ...]:
+    """Nodes to avoid: those that failed, or killed jobs at once, more than once within the hour, while others did well. Sorted.
 
-    Only jobs on a single node tell which node it was. None if too many seem bad: then it is not the nodes.
+    Only jobs on a single node tell which node it was. None if as many seem bad as good: then it is not the nodes, or there would be
+    none left to run on.
+
+    Args:
+        now: seconds since the epoch.
     """
     strikes: Counter[str] = Counter()
     well: set[str] = set()
@@ -106,11 +110,11 @@ def bad_nodes(histories: Iterable[Sequence[Attempt]], incarnation: int) -> tuple
             continue
         early = float(death.get("seconds", AT_ONCE)) < AT_ONCE and death.get("kind") in ("crash", "unknown")
         if death.get("kind") == "node" or early:
-            strikes[node] += 1
+            strikes[node] += attempt.end is not None and now - attempt.end.written < MEMORY_OF_STRIKES
         elif attempt.outcome != "voided":
             well.add(node)
-    found = sorted(node for node, count in strikes.items() if count >= STRIKES and well - {node})
-    return tuple(found) if len(found) <= AVOIDED else ()
+    found = {node for node, count in strikes.items() if count >= STRIKES}
+    return tuple(sorted(found)) if len(found) <= len(well - found) else ()
 
 
 MEMORY = re.compile(rb"[^\n]*(?:[Ee]xceeded (?:job |step )?memory limit|oom[-_]kill|Out of memory|OutOfMemory)[^\n]*")

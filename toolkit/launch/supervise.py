@@ -81,7 +81,8 @@ class Supervisor:
             return
         wanted = slots(run.config)
         self._dismiss(run, wanted)
-        exclude = bad_nodes(self.histories.values(), incarnation)
+        exclude = bad_nodes(self.histories.values(), incarnation, time.time())
+        self._release(run, exclude)
         for slot in wanted:
             number = len(self.histories[slot])
             if self._is_due(run, slot, incarnation):
@@ -168,6 +169,14 @@ class Supervisor:
         running = [a.id for history in surplus for a in history if a.outcome == "running"]
         if running:
             self.adapter.cancel(running)
+
+    def _release(self, run: Run, exclude: Sequence[str]) -> None:
+        """Waiting attempts that avoid nodes which are not bad any more are withdrawn: others take their place."""
+        waiting = self._pending(self.histories.values())
+        stale = [a for a in waiting if not set(a.intent.attributes.get("exclude", ())) <= set(exclude)]
+        if stale:
+            withdraw_attempts(run, self.adapter, stale)
+            self._read(run)
 
     def _is_due(self, run: Run, slot: str, incarnation: int) -> bool:
         """Whether a slot is to be submitted now. Closes the run if it must not be submitted any more."""
@@ -269,6 +278,7 @@ def submit(
         "operations": run.operations_version(),
         "code": code,
         "progress": progress(run),
+        "exclude": list(exclude),
         "gpus": 0
         if adapter.same_machine
         else job.nodes * job.gpus_per_node,  # those of a machine of yours are not billed

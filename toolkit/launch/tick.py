@@ -54,7 +54,7 @@ def describe(supervisor: Supervisor) -> dict[str, Any]:
         "jobs": [_describe(current(history), supervisor) for history in histories],
         "deaths": by_kind(histories),
         "gpu_hours": round(gpu_hours(histories, time.time()), 3),
-        "avoided": list(bad_nodes(histories, newest)),
+        "avoided": list(bad_nodes(histories, newest, time.time())),
     }
 
 
