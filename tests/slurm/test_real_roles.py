@@ -140,7 +140,7 @@ def test_a_split_brain(new_cluster: Callable[..., DevCluster], toy_world: Path, 
 
 def test_soak(new_cluster: Callable[..., DevCluster], toy_world: Path, tmp_path: Path) -> None:
     """Random kills of random roles. METAAPO_SOAK_SECONDS makes it longer; METAAPO_SOAK_SEED repeats one."""
-    seconds = float(os.environ.get("METAAPO_SOAK_SECONDS", "120"))
+    seconds = float(os.environ.get("METAAPO_SOAK_SECONDS", "100"))
     seed = int(os.environ.get("METAAPO_SOAK_SEED", str(time.time_ns() % 10**6)))
     print(f"METAAPO_SOAK_SEED={seed}")
     chance = random.Random(seed)
