@@ -91,6 +91,18 @@ class PayloadRun:
         )
         return said
 
+    def in_background(self, *arguments: str) -> subprocess.Popen[str]:
+        """The command line, left running on a login node."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "toolkit.cli", *arguments],
+            cwd=ROOT,
+            env=self.cluster.env | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
     def tick(self, code: int | None = 0, path: Path | None = None) -> str:
         return self.metaapo("tick", str(self.root), code=code, path=path)
 

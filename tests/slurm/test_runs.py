@@ -59,16 +59,10 @@ def test_offline_training_keeps_itself_going(make: Make) -> None:
 
 def test_where_compute_nodes_may_not_submit_a_launch_follows(make: Make, undisturbed: str, tmp_path: Path) -> None:
     """control=login: the jobs find no sbatch, squeue or scancel; a process on the login node keeps the run going."""
-    run = make(cluster={"control": "login", "jobs": {"setup": ["hash -p /bin/false sbatch squeue scancel sacct"]}})
-    follower = subprocess.Popen(
-        [sys.executable, "-m", "toolkit.cli", "resume", str(run.root)],
-        cwd=ROOT,
-        env=run.cluster.env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    for program in ("sbatch", "squeue", "scancel", "sacct"):
+        shim(tmp_path / "nothing", program, f"echo {program} >> {tmp_path}/called; exit 127")
+    run = make(cluster={"control": "login", "jobs": {"setup": [f"export PATH={tmp_path}/nothing:$PATH"]}})
+    follower = run.in_background("resume", str(run.root))
     try:
         run.cluster.run("scancel", run.job("trainer"))
         run.finish()
@@ -77,19 +71,13 @@ def test_where_compute_nodes_may_not_submit_a_launch_follows(make: Make, undistu
         follower.kill()
     run.assert_sound(undisturbed)
     assert run.outcomes("sidecar") == ["done"], "it queues no successor"
+    assert not (tmp_path / "called").exists(), "the jobs know that they may not"
     assert len(run.attempts("trainer")) == 2
 
 
 def test_a_follower_that_is_interrupted_leaves_the_jobs(make: Make, undisturbed: str) -> None:
     run = make(cluster={"control": "login"})
-    follower = subprocess.Popen(
-        [sys.executable, "-m", "toolkit.cli", "resume", str(run.root)],
-        cwd=ROOT,
-        env=run.cluster.env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    follower = run.in_background("resume", str(run.root))
     run.job("trainer")
     follower.send_signal(signal.SIGINT)
     output, _ = follower.communicate(timeout=60)
