@@ -42,7 +42,7 @@ def advance(run: Run) -> None:
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch):
     """Let the patience with attempts that do not start run out."""
-    return lambda: monkeypatch.setattr(module, "START_PATIENCE", -1.0)
+    return lambda: monkeypatch.setattr(module, "start_patience", lambda config: -1.0)
 
 
 @pytest.mark.parametrize(

@@ -17,19 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolkit.exchange import filesystem, layout
+from toolkit.exchange import filesystem, layout, series
 from toolkit.exchange.records import Manifest, Records
 
 
 def newest_started(records: Records, slot: str) -> Manifest | None:
     """The intent of a slot's newest attempt that started."""
-    number, found = 0, None
-    while (intent := records.find(layout.job(slot, number, "intent"))) is not None:
-        start = records.find(layout.job(slot, number, "start"))
+    for intent in series.valid(records.find, records.root, lambda number: layout.job(slot, number, "intent")):
+        start = records.find(layout.job(slot, series.number(intent), "start"))
         if start is not None and start.attributes["kind"] == "started":
-            found = intent
-        number += 1
-    return found
+            return intent
+    return None
 
 
 def process_start(pid: int) -> str | None:

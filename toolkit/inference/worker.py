@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from toolkit.exchange import hints, layout
+from toolkit.exchange import hints, layout, series
 from toolkit.exchange.jobs import Heartbeat, Observer
 from toolkit.exchange.records import Manifest, Ref
 from toolkit.exchange.reports import Condemnations
@@ -48,6 +48,7 @@ class Worker:
         self.version: int | None = None  # of the policy loaded
         self.newest = -1
         self.open: tuple[int, list[int]] = (-1, [])  # a round and its shards not known to be done
+        self.asked: dict[int, bool] = {}  # whether anything was asked of a shard of that round
         self.condemnations = Condemnations(run)
         self.rewards: dict[str, tuple[RewardEngine, RewardTokenizer]] = {}
 
@@ -70,12 +71,12 @@ class Worker:
         """Do one piece of work. False if there is none."""
         if self.run.records.find(layout.PAIRS) is None:
             return False
-        while self.run.records.find(layout.policy(self.newest + 1)) is not None:
-            self.newest += 1
-        if self.newest < 0:
+        newest = self.run.newest_policy()
+        if newest is None:
             return False
+        self.newest = newest
         claimed = self.observer.claimed(self.slot)
-        for ref, action in self._candidates():
+        for ref, action in self._candidates(claimed):
             if str(ref) not in claimed:
                 with self._claim(ref):
                     action()
@@ -89,11 +90,11 @@ class Worker:
         yield  # what it died at stays written
         self.heartbeat.working_on = []
 
-    def _candidates(self) -> Iterator[tuple[Ref, Callable[[], None]]]:
+    def _candidates(self, claimed: set[str]) -> Iterator[tuple[Ref, Callable[[], None]]]:
         """What could be done now, the most wanted first: what lies sampled, what the trainer waits for, then evaluation."""
         index = self.newest
         if index < self.run.plan.rounds and self.run.plan.gated[index]:
-            annotate, sample = self._open_shards(index)
+            annotate, sample = self._open_shards(index, claimed)
             if "annotate" in self.does:
                 for shard in annotate:
                     yield layout.annotations(index, shard), lambda shard=shard: self._annotate(index, shard)
@@ -107,28 +108,45 @@ class Worker:
                 if self.run.records.find(ref) is None and not is_deleted(self.run, layout.policy(version)):
                     yield ref, lambda version=version: self._evaluate(version)
 
-    def _open_shards(self, index: int) -> tuple[list[int], list[int]]:
-        """Shards of the round to annotate and to sample, oldest first, those that the sidecar's hint names before all others."""
+    def _open_shards(self, index: int, claimed: set[str]) -> tuple[list[int], list[int]]:
+        """Shards of the round to annotate and to sample, oldest first, those that the sidecar's hint names before all others.
+
+        Claimed ones are left out before any is looked at: else more workers than the window is wide would find nothing.
+        """
         if self.open[0] != index or self.condemnations.news():
             self.open = (index, list(range(self.run.plan.shards(index))))
-        hint, find = hints.frontier(self.run.root), self.run.records.find
+            self.asked = {}
+        hint = hints.frontier(self.run.root)
         hinted = [*hint["annotate"], *hint["sample"]] if hint.get("round") == index else []
+        kinds = (layout.responses, layout.annotations)
+        every = dict.fromkeys([*hinted, *self.open[1]])
+        shards = [shard for shard in every if not any(str(kind(index, shard)) in claimed for kind in kinds)]
+        for start in range(0, len(shards), WINDOW):
+            annotate, sample, waiting = self._look(index, shards[start : start + WINDOW])
+            if annotate or sample or waiting:
+                return annotate, sample
+        return [], []
+
+    def _look(self, index: int, shards: list[int]) -> tuple[list[int], list[int], bool]:
+        """Which of these shards are to be annotated and to be sampled, and whether any waits for its requests."""
+        find = self.run.records.find
+        kinds = (layout.requests, layout.responses, layout.annotations)
+        there = series.present(self.run.root, {kind(index, shard) for shard in shards for kind in kinds})
         annotate: list[int] = []
         sample: list[int] = []
-        looked = 0
-        for shard in dict.fromkeys([*hinted, *self.open[1]]):
-            if looked == WINDOW:
-                break
-            requests = find(layout.requests(index, shard))
-            if requests is None:
-                looked += 1
-            elif requests.attributes["sampled"] == 0 or find(layout.annotations(index, shard)) is not None:
+        waiting = False
+        for shard in shards:
+            requests, responses, annotations = (kind(index, shard) for kind in kinds)
+            if shard not in self.asked and requests in there and (manifest := find(requests)) is not None:
+                self.asked[shard] = manifest.attributes["sampled"] > 0
+            if shard not in self.asked:
+                waiting = True
+            elif not self.asked[shard] or (annotations in there and find(annotations) is not None):
                 if shard in self.open[1]:
                     self.open[1].remove(shard)
             else:
-                looked += 1
-                (annotate if find(layout.responses(index, shard)) is not None else sample).append(shard)
-        return annotate, sample
+                (annotate if responses in there and find(responses) is not None else sample).append(shard)
+        return annotate, sample, waiting
 
     # ------------------------------------------------------------------------------------ the three kinds of work
 

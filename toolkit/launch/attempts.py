@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from toolkit.config import Config
-from toolkit.exchange import hints, layout, lineage
+from toolkit.exchange import hints, layout, lineage, series
 from toolkit.exchange.records import Manifest
 from toolkit.exchange.run import Run
 
@@ -77,15 +77,23 @@ def attempts(run: Run, slot: str, known: Sequence[Attempt] = ()) -> list[Attempt
     """All attempts of a slot, oldest first.
 
     Args:
-        known: its first attempts, which are over.
+        known: its first attempts as they were seen before: after one listing, only what is new is read.
     """
-    found = list(known)
-    while (intent := run.records.find(layout.job(slot, len(found), "intent"))) is not None:
-        number = len(found)
-        start = run.records.find(layout.job(slot, number, "start"))
-        end = run.records.find(layout.job(slot, number, "end"))
-        found.append(Attempt(slot, number, intent, start, end))
+    there = series.names(run.root, layout.job(slot, 0, "intent").directory)
+
+    def read(number: int, event: str) -> Manifest | None:
+        ref = layout.job(slot, number, event)
+        return run.records.find(ref) if ref.name in there else None
+
+    found = [attempt if attempt.over else _again(attempt, read) for attempt in known]
+    while (intent := read(len(found), "intent")) is not None:
+        found.append(_again(Attempt(slot, len(found), intent, None, None), read))
     return found
+
+
+def _again(attempt: Attempt, read: Callable[[int, str], Manifest | None]) -> Attempt:
+    """An attempt with what is recorded of it by now."""
+    return replace(attempt, start=attempt.start or read(attempt.number, "start"), end=read(attempt.number, "end"))
 
 
 def current(history: Sequence[Attempt]) -> Attempt:

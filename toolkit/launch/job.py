@@ -93,7 +93,7 @@ def _start(run: Run, slot: str, number: int, job_id: str, rank: int) -> bool:
     deadline = time.monotonic() + START_WAIT
     while (found := run.records.find(ref)) is None:
         if time.monotonic() > deadline:
-            raise RuntimeError(
+            raise ConnectionError(
                 f"rank 0 of {slot} attempt {number} did not start within {START_WAIT:.0f} s; see its log"
             )
         time.sleep(0.2)

@@ -22,9 +22,6 @@ from toolkit.launch.attempts import Attempt, attempts, known_slots, progress, sl
 from toolkit.launch.deaths import bad_nodes, memory_words, verdict
 from toolkit.launch.handover import keeper
 
-START_PATIENCE = (
-    30.0  # seconds, at least, after which an attempt that neither started nor is known to the scheduler is given up
-)
 LOST_BEATS = 20  # heartbeats missed after which a started attempt that the scheduler does not remember is given up
 BUSY_PATIENCE = 600.0  # seconds, at most, between two submissions of a slot for which the scheduler had no room
 UNSEEN = Job(State.UNKNOWN)
@@ -40,6 +37,11 @@ FATAL = {  # reasons for which a job is pending for ever
     "AccountNotAllowed": "the account may not use the partition",
     "QOSNotAllowed": "the QOS may not be used in the partition",
 }
+
+
+def start_patience(config: Config) -> float:
+    """Seconds after which an attempt that neither started nor is known to the scheduler is given up."""
+    return max(30.0, 1.5 * config.cluster.supervise)
 
 
 class Supervisor:
@@ -93,9 +95,7 @@ class Supervisor:
 
     def _read(self, run: Run) -> None:
         for slot in dict.fromkeys([*slots(run.config), *known_slots(run)]):
-            history = self.histories.get(slot, [])
-            over = next((i for i, attempt in enumerate(history) if not attempt.over), len(history))
-            self.histories[slot] = attempts(run, slot, history[:over])
+            self.histories[slot] = attempts(run, slot, self.histories.get(slot, []))
 
     def _examine(self, run: Run, attempt: Attempt, job: Job) -> None:
         """Record the death of an attempt that the scheduler does not have any more and that left no word."""
@@ -129,11 +129,7 @@ class Supervisor:
         if job.state in (State.GONE, State.UNKNOWN):
             known = job.id is not None and job.state is State.GONE  # not just not there yet
             age = time.time() - attempt.intent.written
-            if (
-                known
-                or age > max(START_PATIENCE, 1.5 * run.config.cluster.supervise)
-                or run.closing(attempt.incarnation) is not None
-            ):
+            if known or age > start_patience(run.config) or run.closing(attempt.incarnation) is not None:
                 void(run, attempt, job.message if known else "never started", kind=job.kind if known else "unknown")
                 self.adapter.cancel([attempt.id], kill=True)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from toolkit.exchange import hints
 from toolkit.exchange.reports import condemn_reported
-from toolkit.exchange.retention import collect_garbage
+from toolkit.exchange.retention import Sweep, collect_garbage
 from toolkit.exchange.run import Run
 from toolkit.launch.adapter import Adapter, State
 from toolkit.launch.attempts import Attempt, current, gpu_hours
@@ -22,6 +22,7 @@ class Tick:
     def __init__(self, run: Run, adapter: Adapter) -> None:
         run.require_owner()
         self.run, self.supervisor = run, Supervisor(run.root, run.attempt, adapter)
+        self.sweep = Sweep(run)
         self.control: dict[str, Any] = {}
         self._status: dict[str, Any] = {}
 
@@ -29,6 +30,7 @@ class Tick:
         """Condemn what is damaged, remove what nobody needs, close a run that is complete, write the status."""
         condemn_reported(self.run)
         collect_garbage(self.run)
+        self.sweep.step()
         if self.run.closing() is None and self.run.is_complete():
             self.run.finish()
         self._status = status.collect(self.run, self.control, self._status or hints.status(self.run.root))

@@ -172,7 +172,7 @@ def newest_policy(reader: Reader) -> int | None:
     return None if manifest is None else series.number(manifest)
 
 
-def newest_checkpoint(reader: Reader, start: int = 0) -> Manifest | None:
+def newest_checkpoint(reader: Reader) -> Manifest | None:
     """The newest checkpoint."""
     return next(series.valid(reader.find, reader.run.root, layout.checkpoint), None)
 

@@ -74,7 +74,7 @@ def collect(run: Run, control: dict[str, Any], previous: dict[str, Any] | None =
 def _progress(reader: Reader, found: dict[str, Any], previous: dict[str, Any]) -> dict[str, Any]:
     run, total = reader.run, reader.run.plan.steps
     newest = progress.newest_policy(reader)
-    checkpoint = progress.newest_checkpoint(reader, previous.get("checkpoint", 0))
+    checkpoint = progress.newest_checkpoint(reader)
     speed = pace(run)
     step = speed["step"]
     if step is None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from toolkit.exchange import derive, hints, layout
+from toolkit.exchange import derive, hints, layout, series
+from toolkit.exchange.records import Ref
 from toolkit.exchange.reports import Condemnations
 from toolkit.exchange.run import Run
 
@@ -71,8 +72,13 @@ class Pending:
         if derive.needs_statistics(self.run.config.method) and not derive.publish_statistics(self.run, self.round):
             return False
         moved = False
-        for shard in self.undecided[:WINDOW]:
-            if derive.publish_requests(self.run, self.round, shard):
+        index, window = self.round, self.undecided[:WINDOW]
+        scores = {s: layout.logprobs(layout.policy_name(index), "offline", index, s) for s in window}
+        requests = {s: layout.requests(index, s) for s in window}
+        there = series.present(self.run.root, [*scores.values(), *requests.values()])
+        for shard in window:
+            known = scores[shard] in there or requests[shard] in there
+            if known and derive.publish_requests(self.run, self.round, shard):
                 self.undecided.remove(shard)
                 manifest = self.run.records.require(layout.requests(self.round, shard))
                 asked, pairs = manifest.attributes["sampled"], plan.shard_rows(self.round, shard)
@@ -84,12 +90,12 @@ class Pending:
 
     def _follow(self) -> None:
         """Where each shard stands, for the frontier hint."""
-        find, index = self.run.records.find, self.round
-        sampled = [s for s in self.unsampled[:WINDOW] if find(layout.responses(index, s)) is not None]
-        self.unsampled = [s for s in self.unsampled if s not in set(sampled)]
-        self.unannotated += sampled
-        annotated = [s for s in self.unannotated[:WINDOW] if find(layout.annotations(index, s)) is not None]
-        self.unannotated = [s for s in self.unannotated if s not in set(annotated)]
+        index = self.round
+        sampled = self._made(layout.responses, self.unsampled[:WINDOW])
+        self.unsampled = [shard for shard in self.unsampled if shard not in sampled]
+        self.unannotated += sorted(sampled)
+        annotated = self._made(layout.annotations, self.unannotated[:WINDOW])
+        self.unannotated = [shard for shard in self.unannotated if shard not in annotated]
         self.done += len(annotated)
         frontier: dict[str, Any] = {
             "round": index,
@@ -97,3 +103,9 @@ class Pending:
             "annotate": self.unannotated[:WINDOW],
         }
         hints.set_frontier(self.run.root, frontier | {"done": self.done})
+
+    def _made(self, kind: Callable[[int, int], Ref], shards: list[int]) -> set[int]:
+        """Those of the round's shards that have a record of this kind."""
+        refs = {shard: kind(self.round, shard) for shard in shards}
+        there = series.present(self.run.root, refs.values())
+        return {shard for shard, ref in refs.items() if ref in there and self.run.records.find(ref) is not None}

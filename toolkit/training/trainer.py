@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,7 @@ class Trainer:
         self.consumed: dict[str, str] = {}
         self._learner: tuple[int, MetaLearnerState] | None = None
         self._shard: tuple[tuple[int, int], pa.Table] | None = None
+        self._arrived = (-1, -1)  # round and shard up to which references of online pairs were computed
 
     # ------------------------------------------------------------------------------------ the whole run
 
@@ -230,9 +233,11 @@ class Trainer:
             self._publish_logprobs(name, "offline", batch.round, [batch.shard])
         if name is not None and gated:
             arrived = [batch.shard]
-            if not name.startswith("ema-"):  # one swap of weights serves every shard that is there
-                later = range(batch.shard, self.plan.shards(batch.round))
-                arrived = self.control.lead(lambda: [s for s in later if shard_is_ready(self.run, batch.round, s)])
+            if key > self._arrived and not name.startswith("ema-"):  # one swap of weights serves all that are there
+                later = range(batch.shard + 1, self.plan.shards(batch.round))
+                is_ready = partial(shard_is_ready, self.run, batch.round)
+                arrived += self.control.lead(lambda: list(takewhile(is_ready, later)))
+                self._arrived = (batch.round, arrived[-1])
             current = layout.policy_name(batch.round) if self.step == self.plan.first_step[batch.round] else None
             self._publish_logprobs(name, "online", batch.round, arrived, current)
         found: list[pa.Table] = []
