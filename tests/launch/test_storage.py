@@ -90,7 +90,7 @@ def test_the_estimate_is_that_of_a_dry_run(world: World) -> None:
 
     (world.policy / "model.safetensors").write_bytes(_header(10**9))
     config = world.config()
-    assert f"at most {storage.disk(config) / 2**30:.2f} GiB at a time" in "\n".join(
+    assert f"at most {storage.kept(config) / 2**30:.2f} GiB at a time" in "\n".join(
         estimate(config, planned_jobs(config))
     )
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.exchange import filesystem, layout, series
-from toolkit.exchange.records import Manifest, Records
+from toolkit.exchange.records import Manifest, Records, Ref
 
 
 def newest_started(records: Records, slot: str) -> Manifest | None:
@@ -28,6 +28,23 @@ def newest_started(records: Records, slot: str) -> Manifest | None:
         if start is not None and start.attributes["kind"] == "started":
             return intent
     return None
+
+
+def word_of_rank_0(records: Records, ref: Ref, patience: float, missing: str) -> Manifest:
+    """A record that the first rank of an attempt publishes and the others wait for.
+
+    Args:
+        missing: what it had not done when the patience (seconds) was over.
+
+    Raises:
+        ConnectionError: it did not come; another attempt may do better, so it is no refusal.
+    """
+    deadline = time.monotonic() + patience
+    while (found := records.find(ref)) is None:
+        if time.monotonic() > deadline:
+            raise ConnectionError(f"rank 0 of {missing}; see its log")
+        time.sleep(0.2)
+    return found
 
 
 def process_start(pid: int) -> str | None:

@@ -247,7 +247,7 @@ def resolved(config: Config, base: Path) -> Config:
     """``config`` as jobs started elsewhere need it: local paths absolute, this interpreter named. Hub ids stay as they are."""
 
     def absolute(path: str | None) -> str | None:
-        if path is None or (not (base / Path(path).expanduser()).exists() and not path.startswith((".", "/", "~"))):
+        if not path or (not (base / Path(path).expanduser()).exists() and not path.startswith((".", "/", "~"))):
             return path
         return str((base / Path(path).expanduser()).resolve())
 

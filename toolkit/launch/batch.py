@@ -178,12 +178,15 @@ def sbatch(job: JobSpec, path: Path, timeout: float) -> str:
     )
 
 
-def rehearse(text: str, timeout: float) -> str:
-    """What ``sbatch --test-only`` says of a script.
+def rehearse(job: JobSpec, timeout: float) -> str:
+    """What ``sbatch --test-only`` says of an attempt's script.
 
     Raises:
         UserError: Slurm would refuse it.
+        TimeoutExpired: it did not answer.
     """
+    # there is no run directory yet, and sbatch looks for the working directory
+    text = script(job).replace(f"--chdir={job.root}", "--chdir=/")
     done = _call(["sbatch", "--test-only", "/dev/stdin"], timeout, text=text)
     words = " ".join(done.stderr.split())
     if done.returncode:

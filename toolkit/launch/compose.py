@@ -44,11 +44,7 @@ def compose(overrides: list[str], base: Path, complete: bool = True) -> Config:
     """
     values = _values(overrides, base)
     del values["toy"]
-    given = configuration.build(Config, values)
-    config = resolved(given, base)
-    # what is not named stays so: as a relative path, "" would be ``base`` itself
-    config = config if given.data.path else dataclasses.replace(config, data=given.data)
-    config = config if given.model.policy else dataclasses.replace(config, model=given.model)
+    config = resolved(configuration.build(Config, values), base)
     if complete:
         configuration.validate(config)
     return config

@@ -11,7 +11,7 @@ from typing import Any
 
 from toolkit.cluster import Budgets
 from toolkit.exchange.run import Run
-from toolkit.launch.attempts import Attempt, attempts, known_slots, progress
+from toolkit.launch.attempts import Attempt, progress
 
 KIND = {"corrupt": "crash", "cancelled": "unknown"}  # kinds that share another's budget
 BLAMED = ("crash", "resource", "corrupt")  # deaths that the work may be to blame for
@@ -21,7 +21,7 @@ STRIKES = 2  # such deaths, or failures, of a node after which it is avoided
 MEMORY_OF_STRIKES = 3600.0  # seconds
 
 
-def verdict(run: Run, slot: str, history: Sequence[Attempt]) -> str | None:
+def verdict(run: Run, slot: str, history: Sequence[Attempt], histories: Iterable[Sequence[Attempt]]) -> str | None:
     """Why a slot must not be submitted again, or None.
 
     A refusal (the input or the configuration is wrong) stops at once; each kind of death has its budget of deaths without progress
@@ -29,13 +29,14 @@ def verdict(run: Run, slot: str, history: Sequence[Attempt]) -> str | None:
 
     Args:
         history: the slot's attempts of this incarnation, oldest first.
+        histories: the attempts of every slot.
     """
     last = history[-1].death if history else None
     if last is None:
         return None
     if last["kind"] == "refused":
         return f"{slot} stopped: {last['message']}"
-    poison = _poison(run, history[-1].incarnation, last)
+    poison = _poison(run, history[-1].incarnation, last, histories)
     if poison is not None:
         return poison
     mark = progress(run)
@@ -57,15 +58,15 @@ def _budgeted(death: dict[str, Any]) -> str:
     return kind if kind in Budgets.__dataclass_fields__ else "unknown"
 
 
-def _poison(run: Run, incarnation: int, last: dict[str, Any]) -> str | None:
+def _poison(run: Run, incarnation: int, last: dict[str, Any], histories: Iterable[Sequence[Attempt]]) -> str | None:
     """A sentence if attempts of any slot died at the same piece of work again and again."""
     if last["kind"] not in BLAMED or not last.get("working_on"):
         return None
     work = last["working_on"][0]
     deaths = [
         attempt
-        for slot in known_slots(run)
-        for attempt in attempts(run, slot)
+        for every in histories
+        for attempt in every
         if attempt.incarnation == incarnation
         and attempt.death is not None
         and attempt.death["kind"] in BLAMED

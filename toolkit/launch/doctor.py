@@ -19,6 +19,7 @@ from toolkit.launch.adapter import JobSpec
 from toolkit.launch.attempts import slots
 from toolkit.launch.environments import check_environments
 from toolkit.launch.finding import Finding, fault, note, ok, warning
+from toolkit.launch.handover import keeper
 from toolkit.launch.limits import check_limits, quality
 from toolkit.launch.preflight import preflight
 from toolkit.launch.rehearsal import planned_jobs
@@ -153,9 +154,8 @@ def _words(job: JobSpec, site: Site) -> str:
 def _rehearsed(config: Config, jobs: list[JobSpec]) -> Iterator[Finding]:
     """What sbatch itself says of a script of each role."""
     for role, job in {role_of(job.slot): job for job in jobs}.items():
-        text = batch.script(job).replace(f"--chdir={job.root}", "--chdir=/")  # there is no run directory yet
         try:
-            yield ok(f"{role} script", batch.rehearse(text, config.cluster.query_timeout))
+            yield ok(f"{role} script", batch.rehearse(job, config.cluster.query_timeout))
         except UserError as error:
             yield fault(f"{role} script", str(error))
         except subprocess.TimeoutExpired:
@@ -193,7 +193,7 @@ def _control(config: Config, site: Site) -> Iterator[Finding]:
         )
     if cluster.control != "job":
         return
-    keepers = request(cluster, "sidecar" if cluster.sidecar_in == "own" else "trainer")
+    keepers = request(cluster, keeper(config))
     nodes = site.partitions.get(keepers.partition or site.default_partition or "", {}).get("AllocNodes", "ALL")
     advice = "if compute nodes may not submit, set cluster.control=login or chain"
     if nodes != "ALL":

@@ -30,17 +30,25 @@ def parameters(folder: str) -> int:
     return count
 
 
-def estimate(config: Config, jobs: Sequence[JobSpec]) -> list[str]:
-    """Sentences about disk space and processes."""
-    count = parameters(config.model.policy)
+def disk(config: Config, count: int) -> tuple[int, int, int]:
+    """Bytes of a checkpoint, of a policy, and of all that are kept at a time, at most.
+
+    Args:
+        count: parameters of the policy.
+    """
     width = 4 if config.model.dtype == "float32" else 2
     optimizer = 8 if width == 4 else 12  # two fp32 moments, and an fp32 copy where weights are bf16
     checkpoint, policy = count * (width + optimizer), count * width
-    rounds = len(config.gated)
-    kept_policies = min(rounds + 1, config.retention.policies + 2)
-    peak = checkpoint * (config.retention.checkpoints + 1) + policy * kept_policies
+    policies = min(len(config.gated) + 1, config.retention.policies + 2)
+    return checkpoint, policy, checkpoint * (config.retention.checkpoints + 1) + policy * policies
+
+
+def estimate(config: Config, jobs: Sequence[JobSpec]) -> list[str]:
+    """Sentences about disk space and processes."""
+    count = parameters(config.model.policy)
+    checkpoint, policy, peak = disk(config, count)
     return [
-        f"{count / 1e6:,.1f} M parameters; {rounds} rounds",
+        f"{count / 1e6:,.1f} M parameters; {len(config.gated)} rounds",
         f"disk: a checkpoint {checkpoint / 2**30:.2f} GiB, a policy {policy / 2**30:.2f} GiB, at most {peak / 2**30:.2f} GiB at a time "
         f"(retention.checkpoints={config.retention.checkpoints}, retention.policies={config.retention.policies})",
         _bound(jobs),

@@ -90,13 +90,8 @@ def _start(run: Run, slot: str, number: int, job_id: str, rank: int) -> bool:
         facts = {"kind": "started", "job": job_id, **jobs.this_process(), **_allocation()}
         manifest, _ = run.records.publish(ref, facts)
         return bool(manifest.attributes == facts)
-    deadline = time.monotonic() + START_WAIT
-    while (found := run.records.find(ref)) is None:
-        if time.monotonic() > deadline:
-            raise ConnectionError(
-                f"rank 0 of {slot} attempt {number} did not start within {START_WAIT:.0f} s; see its log"
-            )
-        time.sleep(0.2)
+    missing = f"{slot} attempt {number} did not start within {START_WAIT:.0f} s"
+    found = jobs.word_of_rank_0(run.records, ref, START_WAIT, missing)
     own = {"kind": "started", "job": job_id, **_allocation()}
     return bool(own.items() <= found.attributes.items())
 

@@ -58,19 +58,15 @@ def _scripts(config: Config, jobs: list[JobSpec], console: Console) -> None:
     here = shutil.which("sbatch") is not None
     shown: dict[str, int] = {}
     for job in jobs:
-        text = batch.script(job)
         role = role_of(job.slot)
         shown[role] = shown.get(role, 0) + 1
         if shown[role] > 1:
             continue
         console.rule(job.slot)
-        console.print(text, soft_wrap=True)
+        console.print(batch.script(job), soft_wrap=True)
         if here:
             try:
-                # no such run directory yet, and sbatch looks for the working directory
-                console.print(
-                    batch.rehearse(text.replace(f"--chdir={job.root}", "--chdir=/"), config.cluster.query_timeout)
-                )
+                console.print(batch.rehearse(job, config.cluster.query_timeout))
             except subprocess.TimeoutExpired:
                 console.print("sbatch --test-only did not answer")
     for role, count in shown.items():

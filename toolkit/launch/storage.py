@@ -14,7 +14,7 @@ from pathlib import Path
 from toolkit.config import Config
 from toolkit.errors import UserError
 from toolkit.exchange import filesystem
-from toolkit.launch.estimate import parameters
+from toolkit.launch.estimate import disk, parameters
 from toolkit.launch.finding import Finding, fault, note, ok, warning
 
 GIB = 2**30
@@ -138,7 +138,7 @@ def _permissions(config: Config, subject: str, probe: Path) -> Iterator[Finding]
 def _room(config: Config, subject: str, probe: Path) -> Iterator[Finding]:
     state = os.statvfs(probe)
     free = state.f_bavail * state.f_frsize
-    needed = disk(config)
+    needed = kept(config)
     needs = (
         f"a run takes up to {needed / GIB:,.1f} GiB"
         if needed
@@ -153,16 +153,12 @@ def _room(config: Config, subject: str, probe: Path) -> Iterator[Finding]:
         yield warning(subject, f"{state.f_favail:,} more files fit; a run makes thousands")
 
 
-def disk(config: Config) -> int:
+def kept(config: Config) -> int:
     """Bytes of the checkpoints and policies that are kept at a time, at most; 0 if the model is not there."""
     try:
-        count = parameters(config.model.policy)
+        return disk(config, parameters(config.model.policy))[2]
     except (OSError, ValueError, KeyError):
         return 0
-    width = 4 if config.model.dtype == "float32" else 2
-    optimizer = 8 if width == 4 else 12  # two fp32 moments, and an fp32 copy where weights are bf16
-    policies = min(len(config.gated) + 1, config.retention.policies + 2)
-    return count * ((width + optimizer) * (config.retention.checkpoints + 1) + width * policies)
 
 
 def _skew(probe: Path) -> float:

@@ -78,8 +78,7 @@ class Supervisor:
         self._kill(attempt for attempt in failed if self.jobs[attempt.id].state is State.RUNNING)
         self._read(run)
         if run.closing(incarnation) is not None:
-            withdraw_attempts(run, self.adapter, self._pending(self.histories.values()))
-            dismiss(run, self.adapter, [attempt for history in self.histories.values() for attempt in history])
+            _clear(run, self.adapter, [a for history in self.histories.values() for a in history if not a.over])
             return
         wanted = slots(run.config)
         self._dismiss(run, wanted)
@@ -180,7 +179,7 @@ class Supervisor:
         if any(not attempt.over for attempt in history):
             return False
         ours = [attempt for attempt in history if attempt.incarnation == incarnation]
-        reason = verdict(run, slot, ours)
+        reason = verdict(run, slot, ours, self.histories.values())
         if reason is not None:
             run.close("failed", reason)
             raise UserError(reason)
@@ -226,14 +225,14 @@ def withdraw(run: Run, adapter: Adapter) -> None:
     living = [attempt for slot in known_slots(run) for attempt in attempts(run, slot) if not attempt.over]
     if living:
         adapter.look([attempt.id for attempt in living], min(attempt.intent.written for attempt in living))
+    _clear(run, adapter, living)
+
+
+def _clear(run: Run, adapter: Adapter, living: Sequence[Attempt]) -> None:
+    """Withdraw what waits; ask what runs to save and leave, unless the run is finished: then it is about to."""
     withdraw_attempts(run, adapter, [attempt for attempt in living if attempt.start is None])
-    dismiss(run, adapter, living)
-
-
-def dismiss(run: Run, adapter: Adapter, history: Sequence[Attempt]) -> None:
-    """Ask the running attempts of a run that was given up to save and leave; those of a finished one are about to."""
     closing = run.closing()
-    running = [attempt.id for attempt in history if attempt.outcome == "running" and attempt.id != run.attempt]
+    running = [attempt.id for attempt in living if attempt.outcome == "running" and attempt.id != run.attempt]
     if running and closing is not None and closing.attributes["outcome"] != "finished":
         adapter.cancel(running)
 
@@ -275,9 +274,8 @@ def submit(
         "code": code,
         "progress": progress(run),
         "exclude": list(exclude),
-        "gpus": 0
-        if adapter.same_machine
-        else job.nodes * job.gpus_per_node,  # those of a machine of yours are not billed
+        # those of a machine of one's own are not billed
+        "gpus": 0 if adapter.same_machine else job.nodes * job.gpus_per_node,
     }
     intent, won = run.records.publish(layout.job(slot, number, "intent"), attributes)
     if not won or run.closing(incarnation) is not None:

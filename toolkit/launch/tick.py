@@ -60,8 +60,8 @@ def describe(supervisor: Supervisor) -> dict[str, Any]:
     }
 
 
-def _describe(attempt: Attempt, supervisor: Supervisor | None = None) -> dict[str, Any]:
-    job = supervisor.jobs.get(attempt.id) if supervisor is not None else None
+def _describe(attempt: Attempt, supervisor: Supervisor) -> dict[str, Any]:
+    job = supervisor.jobs.get(attempt.id)
     pending = job is not None and job.state is State.PENDING
     words = attempt.death or {}
     return {

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from toolkit.data.publish import prepare_run
 from toolkit.errors import UserError
-from toolkit.exchange.jobs import Heartbeat
+from toolkit.exchange import jobs
 from toolkit.exchange.records import Ref
 from toolkit.exchange.run import Run
 from toolkit.reporting.metrics import MetricsWriter
@@ -41,7 +40,7 @@ def main(run: Run, slot: str, number: int, rank: int, size: int, stop: StopFlag)
     try:
         engine = PolicyEngine(layout, run.config.model.policy, _settings(run))
         metrics = MetricsWriter(run.root, slot, run.attempt) if rank == 0 else None
-        heartbeat = Heartbeat(run.root, slot, run.attempt) if rank == 0 else None
+        heartbeat = jobs.Heartbeat(run.root, slot, run.attempt) if rank == 0 else None
         if heartbeat is not None:
             heartbeat.start(run.config.inference.heartbeat)
         outcome = Trainer(run, engine, Control(stop), metrics, heartbeat).train()
@@ -84,14 +83,8 @@ def _meet(run: Run, slot: str, number: int, rank: int) -> dist.Store:
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
         run.records.publish(ref, {"host": host, "port": store.port})
         return store
-    deadline = time.monotonic() + MEETING_PATIENCE
-    while (found := run.records.find(ref)) is None:
-        if time.monotonic() > deadline:
-            raise ConnectionError(
-                f"rank 0 of {slot} attempt {number} did not say within {MEETING_PATIENCE:.0f} s where to meet; see its log"
-            )
-        time.sleep(0.2)
-    place = found.attributes
+    missing = f"{slot} attempt {number} did not say within {MEETING_PATIENCE:.0f} s where to meet"
+    place = jobs.word_of_rank_0(run.records, ref, MEETING_PATIENCE, missing).attributes
     try:
         return dist.TCPStore(place["host"], place["port"], is_master=False, timeout=patience)
     except (dist.DistError, RuntimeError) as error:
