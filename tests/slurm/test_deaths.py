@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -214,7 +215,9 @@ def test_a_shard_that_kills_is_named(make: Make) -> None:
     run.tick()
     run.until(lambda: Run.open(run.root).closing(), "the run to be stopped")
     reason = Run.open(run.root).closing().attributes["reason"]
-    assert "3 attempts died while they worked on rounds/001/responses/000/000001" in reason
+    # The limit is 3; the other worker may be dying on the same shard while a tick counts.
+    count = re.search(r"(\d+) attempts died while they worked on rounds/001/responses/000/000001 ", reason)
+    assert count is not None and int(count[1]) >= 3, reason
     assert "its pairs: r1-4, r1-5" in reason and "planned failure" in reason
 
 
