@@ -40,7 +40,7 @@ GPU_DEVICES = ("/dev/null", "/dev/zero")  # a node's GPUs. Slurm wants character
 MEMORY_PER_CPU = 4000  # MB
 MAX_NODES = BLOCK - 2  # the controller and the accounting have a port too
 MAX_ROOT = 60  # characters: names of sockets in it must fit into 107
-STARTUP = 60.0  # seconds that a daemon may take until it answers; it takes one, unless the machine is busy
+STARTUP = 180.0  # seconds that a daemon may take until it answers; it takes one, unless the machine is busy
 
 # One call; sacctmgr takes half a second for each line: it sends a message as two packets, the second after the kernel's
 # delayed acknowledgement of the first.
@@ -251,6 +251,8 @@ class DevCluster:
             raise DevClusterError(f"{self.root} is too long for sockets; take a path of at most {MAX_ROOT} characters")
         if self.root.exists() and any(self.root.iterdir()):
             raise DevClusterError(f"{self.root} is not empty: a cluster wants a directory of its own")
+        if self.root.exists() and self.root.stat().st_uid != os.geteuid():
+            raise DevClusterError(f"{self.root} belongs to somebody else: a cluster wants a directory of its own")
         try:
             self._start_keeper()
             self._write_files()
@@ -273,7 +275,7 @@ class DevCluster:
                 stdout=log,
                 stderr=log,
                 pass_fds=[claim.fileno()],  # the claim lasts as long as the keeper
-                env=self.env | {"PATH": _search_path(), "MYSQL_UNIX_PORT": str(self.root / "run/mariadb.sock")},
+                env=self.env | {"PATH": _search_path(), "MYSQL_UNIX_PORT": str(self.root / "database/mariadb.sock")},
                 cwd="/",
                 start_new_session=True,  # so that Ctrl-C leaves the order of things to us
             )
@@ -282,7 +284,9 @@ class DevCluster:
         spools = [f"spool/{node}" for node in self.nodes]
         for name in ("etc", "run", "state", "munge", "database", "database-tmp", "dev", *spools):
             (self.root / name).mkdir(parents=True)
-        (self.root / "munge").chmod(0o700)
+        # Who reaches the database, which knows no passwords, writes files as its user.
+        for private in ("munge", "database", "database-tmp"):
+            (self.root / private).chmod(0o700)
         _write_private(self.root / "munge/key", secrets.token_bytes(128))
         for number, device in enumerate(GPU_DEVICES):
             (self.root / f"dev/gpu{number}").symlink_to(device)
@@ -339,11 +343,11 @@ class DevCluster:
         sql = f"create database mysql;\nuse mysql;\nset @auth_root_socket=NULL;\n{tables}"
         self.run("mariadbd", *options, *bootstrap, stdin=sql)
         # A socket instead of a port. Nothing waits for the disk: what is in it need not survive the machine.
-        options += [f"--socket={self.root}/run/mariadb.sock", "--skip-networking", "--performance-schema=OFF"]
+        options += [f"--socket={self.root}/database/mariadb.sock", "--skip-networking", "--performance-schema=OFF"]
         options += [f"--pid-file={self.root}/run/mariadbd.pid", "--innodb-lock-wait-timeout=900"]
         options += ["--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0"]
         self._spawn("mariadbd", ["mariadbd", *options])
-        self._wait("mariadbd", (self.root / "run/mariadb.sock").exists)
+        self._wait("mariadbd", (self.root / "database/mariadb.sock").exists)
 
     # --- daemons ----------------------------------------------------------------------------------------------------
 

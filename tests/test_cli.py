@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -86,7 +88,64 @@ def one_sentence(found: tuple[int, str, str], *words: str) -> None:
 @pytest.mark.parametrize("verb", ["status", "tick", "cancel", "resume", "verify", "report", "explain", "logs"])
 def test_what_is_no_run_is_said_to_be_none(capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str) -> None:
     one_sentence(call(capsys, verb, tmp_path), f"{tmp_path} holds no run")
+    if verb == "logs":
+        one_sentence(call(capsys, verb, tmp_path, "trainer"), f"{tmp_path} holds no run")
     assert not list(tmp_path.iterdir())
+
+
+HOSTILE = "\x1b[2J\x1b]52;c;aGk=\x07\x9b31m\x08\x7f"  # clears the screen, writes the clipboard, …
+
+
+def printable(text: str) -> bool:
+    return all(character.isprintable() or character == "\n" for character in text)
+
+
+def test_no_text_of_a_run_steers_the_terminal(
+    capsys: pytest.CaptureFixture[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_attempt(
+        run, "trainer", 0, {"outcome": "died", "kind": "crash", "message": f"gone {HOSTILE}", "nodes": HOSTILE}
+    )
+    write_log(run, 0, 0, f"a{HOSTILE}\n")
+    run.close("failed", f"trainer died {HOSTILE}")
+    for arguments in (["status"], ["status", "--refresh"], ["status", "--watch"], ["explain"], ["report"], ["verify"]):
+        code, text, errors = call(capsys, arguments[0], run.root, *arguments[1:])
+        assert code == 0 and text and printable(text + errors), arguments
+    assert printable(call(capsys, "logs", run.root, "--list")[1])
+    assert call(capsys, "logs", run.root, "trainer")[1].endswith(f"a{HOSTILE}\n"), "a file gets the bytes"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    shown = call(capsys, "logs", run.root, "trainer")[1]
+    assert printable(shown) and "a\N{REPLACEMENT CHARACTER}[2J" in shown
+    code, _, errors = call(capsys, "status", f"{run.root}{HOSTILE}")
+    assert code == 2 and printable(errors)
+
+
+def test_the_console_moves_its_own_cursor_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    monkeypatch.setenv("TERM", "xterm")
+    console = cli._console()
+    console.file, console._force_terminal = io.StringIO(), True
+    table = Table(f"heading {HOSTILE}")
+    table.add_row(HOSTILE)
+    with Live(Text(f"one {HOSTILE}"), console=console, auto_refresh=False) as live:
+        live.update(table, refresh=True)
+    console.print(HOSTILE, Text(HOSTILE))
+    text = console.file.getvalue()
+    assert "\x1b[" in text, "the cursor of the live table"
+    assert not any(word in text for word in ("\x1b]", "\x07", "\x9b", "\x08", "\x7f", "\x1b[2J"))
+
+
+def test_what_is_missing_for_a_report_is_told_with_the_way_to_get_it(
+    capsys: pytest.CaptureFixture[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "toolkit.reporting.report", None)
+    monkeypatch.setattr("toolkit.reporting.report", None, raising=False)
+    monkeypatch.delattr("toolkit.reporting.report")
+    code, text, _ = call(capsys, "report", run.root)
+    assert code == 0 and "in a clone of this project: pip install '.[report]'" in text
 
 
 @pytest.mark.parametrize(
@@ -120,6 +179,68 @@ def test_arguments_that_are_none_are_refused(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as leaves:
         cli.main(["--version"])
     assert leaves.value.code == 0 and __version__ in capsys.readouterr().out
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = call(capsys, "launch", "data.path=x", "--dry-run", "method.rouns=3")
+    one_sentence(found, "method.rouns=3: ")
+    for arguments in (["launch", "a=1", "--dry-rum", "b=2"], ["status", "run", "a=1"]):
+        with pytest.raises(SystemExit) as leaves:
+            cli.main(arguments)
+        assert leaves.value.code == 2
+
+
+def test_a_path_that_can_be_no_run_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for verb in ("status", "tick", "explain"):
+        one_sentence(call(capsys, verb, tmp_path / "file"), str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "cannot write x.json: No space left on device"),
+        (errno.EDQUOT, "Free space (or inodes, or quota) on the filesystem of /runs"),
+        (errno.EROFS, "/runs/x.json: Read-only file system. A run is a directory"),
+        (errno.ENOTDIR, "/runs/x.json: Not a directory"),
+    ],
+)
+def test_what_a_filesystem_refuses_is_said(
+    capsys: pytest.CaptureFixture[str], run: Run, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    from toolkit.launch import control
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "/runs/x.json")
+
+    monkeypatch.setattr(control, "tick", refuse)
+    one_sentence(call(capsys, "tick", run.root), words)
+
+
+def test_other_errors_of_the_system_are_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toolkit.launch import control
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "/runs/x.json")
+
+    monkeypatch.setattr(control, "tick", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        cli.main(["tick", str(run.root)])
+
+
+def test_who_has_to_tick_is_said(capsys: pytest.CaptureFixture[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toolkit.launch import control
+
+    monkeypatch.setattr(control, "start", lambda run: [])
+    for cluster, ticks in (({}, False), ({"kind": "slurm"}, False), ({"kind": "slurm", "control": "login"}, True)):
+        run.set_operations(make_config(run.root, cluster=cluster))
+        cli._go_on(run, detach=True)
+        assert (
+            f"somebody has to tick, from cron for instance: metaapo tick {run.root}" in capsys.readouterr().out
+        ) == ticks
 
 
 def test_verify_exits_1_and_names_the_record(capsys: pytest.CaptureFixture[str], run: Run) -> None:
@@ -198,6 +319,8 @@ def test_logs_are_those_of_the_newest_attempt_that_has_any(capsys: pytest.Captur
     one_sentence(call(capsys, "logs", run.root, "trainer", "--attempt", 3), "there are: 8, 10, 11")
     one_sentence(call(capsys, "logs", run.root, "trainer", "--attempt", 11), "has not written a log yet")
     one_sentence(call(capsys, "logs", run.root, "trainer", "--rank", 7), "ranks 0, 2, 10")
+    for tail in (0, -3):
+        one_sentence(call(capsys, "logs", run.root, "trainer", "--tail", tail), f"1 or more, not {tail}")
 
 
 def test_of_long_logs_the_end_is_shown(capsys: pytest.CaptureFixture[str], run: Run) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.exchange.conftest import make_config
 from toolkit import config as configuration
-from toolkit.algorithms import features, gates, objectives, presets, references, weighting
+from toolkit.algorithms import features, gates, meta_learner, objectives, references, weighting
 from toolkit.config import CHOICES, IDENTITY, OPERATIONS, POSITIVE, Config, build, lookup, validate
 from toolkit.errors import UserError
 
@@ -122,7 +122,27 @@ def test_what_must_be_positive(key: str, value: float) -> None:
         ),
         ({"inference": {"workers": 0}}, "inference.workers: this method needs at least 1, got 0"),
         ({"inference": {"max_model_len": 1024}}, "leaves no room for a response"),
-        ({"cluster": {"umask": "9"}}, "cluster.umask: expected an octal number such as 027, got '9'"),
+        ({"cluster": {"umask": "9"}}, "cluster.umask: expected an octal number in quotes, such as \"027\", got '9'"),
+        ({"cluster": {"umask": 0o027}}, "cluster.umask: .*got '23'; YAML reads 027 without quotes as 23"),
+        ({"cluster": {"umask": 0o077}}, "cluster.umask: .*got '63'"),
+        ({"cluster": {"umask": "002"}}, "cluster.umask: '002' lets others write into the run"),
+        (
+            {"cluster": {"worker": {"gpu_request": "--gres=gpu:{type}:{gpus}"}}},
+            "cluster.worker.gpu_request: expected no braces but {gpus}.*got '--gres=gpu:{type}:{gpus}'",
+        ),
+        ({"cluster": {"jobs": {"gpu_request": "--gres=gpu:{}"}}}, "cluster.trainer.gpu_request: .*got '--gres=gpu:{}'"),
+        ({"cluster": {"jobs": {"gpu_request": "--gres=gpu:{gpus"}}}, "cluster.trainer.gpu_request"),
+        ({"cluster": {"supervise": 0}}, "cluster.supervise: expected a value above 0"),
+        ({"inference": {"does": ["sample"]}}, "gate.kind=meta needs sample and annotate, got sample; .* for ever"),
+        ({"inference": {"does": []}}, "inference.does: .* needs sample and annotate, got nothing"),
+        ({"data": {"heldout_prompts": -1}}, "data.heldout_prompts: expected 0 or more, got -1"),
+        ({"method": {"meta": {"clamp": 0.7}}}, r"method.meta.clamp: expected a value in \[0, 0.5\), got 0.7"),
+        (
+            {"method": {"warm_start_pairs": 7}},
+            "method.warm_start_pairs: expected a multiple of method.global_batch=2, got 7",
+        ),
+        ({"method": {"warm_start_pairs": 4, "warm_start": "none"}}, "warm_start_pairs=4, but there is no round"),
+        ({"trainer": {"sequence_parallel": True}}, "trainer.sequence_parallel: expected trainer.tensor of 2 or more"),
         ({"retention": {"checkpoints": 0}}, "retention.checkpoints: expected a value above 0"),
     ],
 )
@@ -141,6 +161,9 @@ def test_offline_training_needs_neither_reward_model_nor_workers() -> None:
     assert (offline.needs_workers, offline.learns, offline.evaluates) == (False, False, False)
     judged = config(method={"gate": {"kind": "none"}, "weight": {"kind": "one"}})
     assert (judged.needs_workers, judged.learns, judged.evaluates) == (True, False, True)
+    alone = dataclasses.replace(judged, inference=configuration.InferenceConfig(does=["sample", "annotate"]))
+    validate(alone)
+    assert (alone.needs_workers, alone.evaluates) == (False, False), "no GPU waits for work that never comes"
     assert config().learns and config(method={"weight": {"kind": "one"}}).learns
 
 
@@ -155,16 +178,14 @@ def test_a_warm_start_round_asks_for_nothing() -> None:
 
 def test_the_choices_are_what_the_code_has() -> None:
     """A name that is registered and not listed here could not be configured; one that is only listed would fail in a job."""
-    assert set(CHOICES["method.objective.name"]) == set(objectives.names())
+    assert set(CHOICES["method.objective.name"]) == set(objectives.OBJECTIVES)
     assert set(CHOICES["method.gate.kind"]) == set(gates.KINDS)
     assert set(CHOICES["method.gate_reference"]) == set(CHOICES["method.loss_reference"]) == set(references.CHOICES)
     assert set(CHOICES["method.missing_online"]) == set(weighting.MISSING)
     assert set(CHOICES["method.meta.feature"]) == set(features.KINDS)
     assert set(CHOICES["method.warm_start"]) == set(references.WARM_STARTS)
-    for key, setting in (("init", "init"), ("remainder", "remainder")):
-        assert set(CHOICES[f"method.meta.{key}"]) == set(presets._CHOICES[setting])
-    for key in ("optimizer", "schedule"):
-        assert set(CHOICES[f"method.round_start.{key}"]) == set(presets._CHOICES[f"round_start_{key}"])
+    for key, valid in meta_learner._CHOICES.items():
+        assert set(CHOICES[f"method.meta.{key}"]) == set(valid)
 
 
 def test_the_defaults_are_valid() -> None:
@@ -172,4 +193,18 @@ def test_the_defaults_are_valid() -> None:
     for key, valid in CHOICES.items():
         assert lookup(made, key) in valid
     for key in POSITIVE:
-        assert lookup(made, key) > 0
+        assert lookup(made, key) is None or lookup(made, key) > 0
+
+
+def test_a_key_that_may_be_null_is_no_mistake() -> None:
+    made = config(data={"limit": None}, method={"meta": {"minibatch": None}}, cluster={"submit_limit": None})
+    validate(made)
+
+
+def test_nobody_leaves_a_chain_for_want_of_work() -> None:
+    """The next link would start at once, and links are few."""
+    groups = {"trainer": {"idle_exit": 60.0}, "inference": {"idle_exit": 70.0}}
+    for cluster in ({}, {"control": "chain"}, {"kind": "slurm"}):
+        assert config(**groups, cluster=cluster).idle_exits == {"trainer": 60.0, "worker": 70.0}
+    chain = config(**groups, cluster={"kind": "slurm", "control": "chain"}).idle_exits
+    assert chain == {"trainer": float("inf"), "worker": float("inf")}

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from toolkit import __version__
 from toolkit.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.console import Console
 
     from toolkit.exchange.run import Run
 
 
 RETRY_LATER = 75  # EX_TEMPFAIL of sysexits.h
+# What a terminal would obey: text of logs and records comes from anywhere. Of a line that overwrites itself every version is shown.
+CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}") | {
+    13: "\n"
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,26 +37,42 @@ def main(arguments: list[str] | None = None) -> int:
         0; 1 when `verify` found something or a run failed; 2 after an error of the user's making; 75 when a scheduler did not
         answer; 130 after Ctrl-C.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse ends a list of words at the first option
+        options.overrides += rest
     from toolkit.launch.adapter import Unavailable
 
     try:
         return int(options.verb(options) or 0)
     except Unavailable as error:
-        print(f"metaapo: the scheduler does not answer ({error}); nothing is lost, try again later", file=sys.stderr)
+        _say(f"metaapo: the scheduler does not answer ({error}); nothing is lost, try again later", sys.stderr)
         return RETRY_LATER
     except UserError as error:
-        print(f"metaapo: {error}", file=sys.stderr)
+        _say(f"metaapo: {error}", sys.stderr)
         return 2
     except PermissionError as error:
-        print(
+        _say(
             f"metaapo: {error.filename}: {error.strerror}. Only its owner can move a run; others may read one that is shared "
             "(cluster.umask): status, explain, verify",
-            file=sys.stderr,
+            sys.stderr,
         )
         return 2
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            from toolkit.exchange.filesystem import full_disk
+
+            _say(f"metaapo: {full_disk(Path(error.filename or 'a file'), error)}", sys.stderr)
+        elif error.errno in (errno.ENOTDIR, errno.ENOENT, errno.EROFS):
+            advice = "A run is a directory on a filesystem that can be written to: check the path"
+            _say(f"metaapo: {error.filename}: {error.strerror}. {advice}", sys.stderr)
+        else:
+            raise
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -123,10 +146,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _console() -> Console:
-    from rich.console import Console
+def _say(text: str, file: TextIO | None = None) -> None:
+    print(text.translate(CONTROLS), file=file)
 
-    return Console(highlight=False, markup=False)
+
+def _console() -> Console:
+    """A console that passes no control characters of what it shows."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Guarded(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(segment.text.translate(CONTROLS), segment.style)
+
+    return Guarded(highlight=False, markup=False)
 
 
 def _composed(overrides: list[str]) -> Any:
@@ -141,19 +175,30 @@ def prepare(options: argparse.Namespace) -> None:
     from toolkit.launch import control
 
     run = control.create(_composed(options.overrides))
-    control.prepare(run, _console())
+    try:
+        control.prepare(run, _console())
+    except ImportError as error:
+        raise UserError(
+            f"preparing data takes the trainer's packages ({error}); in a clone of this project: pip install '.[trainer]'. "
+            "`metaapo launch` does without: then the trainer prepares the data"
+        ) from error
 
 
 def launch(options: argparse.Namespace) -> int:
     from toolkit.launch import control
     from toolkit.launch.rehearsal import dry_run
 
-    config = _composed(options.overrides)
+    config, console = _composed(options.overrides), _console()
     if options.dry_run:
-        dry_run(config, _console())
+        dry_run(config, console)
         return 0
     run = control.create(config)
-    control.prepare(run, _console())
+    try:
+        control.prepare(run, console)
+    except ImportError as error:
+        console.print(
+            f"the trainer will prepare the data: its packages are not installed here ({error})", soft_wrap=True
+        )
     return _go_on(run, options.detach)
 
 
@@ -182,6 +227,8 @@ def _go_on(run: Run, detach: bool) -> int:
         console.print(
             f"started. Watch: metaapo status {run.root} --watch   Stop: metaapo cancel {run.root}", soft_wrap=True
         )
+        if cluster.kind != "local" and cluster.control == "login":
+            console.print(f"somebody has to tick, from cron for instance: metaapo tick {run.root}", soft_wrap=True)
         return 0
     try:
         outcome = control.follow_live(run, console)
@@ -246,21 +293,23 @@ def status(options: argparse.Namespace) -> None:
 
 
 def logs(options: argparse.Namespace) -> None:
+    from toolkit.exchange.run import Run
     from toolkit.reporting import logs as files
 
+    if options.tail < 1:
+        raise UserError(f"--tail takes a number of lines, 1 or more, not {options.tail}; --all shows all")
+    run = Run.open(options.run)
     if options.role is None or options.list:
-        from toolkit.exchange.run import Run
-
-        run = Run.open(options.run)
         for line in files.listing(run, options.role) if options.list else files.overview(run):
-            print(line)
+            _say(line)
         return
+    show = (lambda text: text.translate(CONTROLS)) if sys.stdout.isatty() else str
     for path in files.wanted(options.run, options.role, options.attempt, options.rank):
-        print(f"==> {path} <==")
+        _say(f"==> {path} <==")
         text, before = (files.read(path), 0) if options.all else files.tail(path, options.tail)
         if before:
             print(f"… {before:,} bytes before this: --all shows them")
-        print(text, end="" if text.endswith("\n") else "\n")
+        print(show(text), end="" if text.endswith("\n") else "\n")
 
 
 def explain(options: argparse.Namespace) -> None:
@@ -306,7 +355,7 @@ def verify(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found.as_json(), indent=1))
     else:
-        print(found.as_text())
+        _say(found.as_text())
     return 0 if found.clean else 1
 
 
@@ -337,7 +386,7 @@ def prefetch(options: argparse.Namespace) -> None:
     console.print(
         f"launch with: {shlex.join(f'{key}={path}' for key, path in found.items())}"
         if found
-        else "nothing to download",
+        else "nothing to download: no key names a model or data set of the Hub as owner/name that is not here already",
         soft_wrap=True,
     )
 
@@ -348,16 +397,17 @@ def report(options: argparse.Namespace) -> None:
 
     run, console = Run.open(options.run), _console()
     found = summary.write_summary(run)
-    console.print(summary.render_rounds(found))
+    console.print(summary.render(found))
     try:
         from toolkit.reporting import report as html
         from toolkit.reporting import tensorboard
 
-        tensorboard.write_events(run)
-        console.print(f"report: {html.write_report(run)}", soft_wrap=True)
+        tensorboard.write_events(run, found)
+        console.print(f"report: {html.write_report(run, found)}", soft_wrap=True)
     except ImportError as error:
         console.print(
-            f"no HTML report: {error.name} is not installed here (pip install 'metaapo[report]')", soft_wrap=True
+            f"no HTML report: {error.name} is not installed here; in a clone of this project: pip install '.[report]'",
+            soft_wrap=True,
         )
 
 

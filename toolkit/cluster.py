@@ -74,6 +74,11 @@ class ClusterConfig:
     query_timeout: float = 60.0  # seconds that a scheduler's command may take
     budgets: Budgets = field(default_factory=Budgets)
 
+    @property
+    def chained(self) -> bool:
+        """Whether launch submits all attempts of a role at once."""
+        return self.kind != "local" and self.control == "chain"
+
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -99,7 +104,7 @@ def request(cluster: ClusterConfig, role: str) -> JobRequest:
         )
     found = JobRequest(**merged)
     variables = dict(OFFLINE) if cluster.offline and cluster.kind != "local" else {}
-    if cluster.interface is not None:
+    if cluster.interface is not None and role == "trainer":
         variables |= {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface}
     if cluster.staging is not None:
         variables["METAAPO_STAGING"] = cluster.staging

@@ -7,6 +7,8 @@ times, retention) may change with ``resume RUN key=value``. The YAML files that 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -163,7 +165,7 @@ class InferenceConfig:
     tensor_parallel: int = 1
     max_model_len: int = 4096
     kv_cache_gib: float | None = None  # null: vLLM's share of the GPU memory
-    gpu_memory_utilization: float = 0.45  # each of the two engines
+    gpu_memory_utilization: float = 0.9  # all engines of a worker together
     poll: float = 5.0
     heartbeat: float = 15.0
     idle_exit: float = 1800.0
@@ -200,8 +202,10 @@ class Config:
 
     @property
     def needs_workers(self) -> bool:
-        """Whether anything is sampled, or judged by a reward model: offline training without one is a trainer and nothing else."""
-        return self.method.gate.kind != "none" or self.evaluation_reward is not None
+        """Whether anything is sampled, or judged by a reward model: offline training that nobody evaluates is a trainer and nothing else."""
+        return self.method.gate.kind != "none" or (
+            self.evaluation_reward is not None and "evaluate" in self.inference.does
+        )
 
     @property
     def gate_parameters(self) -> dict[str, Any]:
@@ -213,6 +217,13 @@ class Config:
     def learns(self) -> bool:
         """Whether the method has a meta-learner."""
         return "meta" in (self.method.gate.kind, self.method.weight.kind)
+
+    @property
+    def idle_exits(self) -> dict[str, float]:
+        """Seconds without work after which a ``trainer`` or a ``worker`` leaves: in a chain never, for its next link would start at once."""
+        if self.cluster.chained:
+            return {"trainer": math.inf, "worker": math.inf}
+        return {"trainer": self.trainer.idle_exit, "worker": self.inference.idle_exit}
 
     @property
     def evaluation_reward(self) -> str | None:
@@ -311,14 +322,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cluster.sidecar_in": ("own", "trainer"),
     "cluster.preemption": ("none", "requeue", "cancel", "suspend"),
 }
-POSITIVE = (
+POSITIVE = (  # or null, where a key may be
+    "data.limit",
+    "data.max_pairs",
     "data.max_prompt_tokens",
     "data.max_tokens",
     "method.rounds",
+    "method.warm_start_pairs",
     "method.global_batch",
     "method.shard_size",
     "method.epochs",
     "method.meta.interval",
+    "method.meta.epochs",
+    "method.meta.minibatch",
+    "method.meta.learning_rate",
     "method.sampling.samples",
     "method.sampling.max_new_tokens",
     "method.optimizer.learning_rate",
@@ -331,10 +348,13 @@ POSITIVE = (
     "inference.tensor_parallel",
     "inference.max_model_len",
     "inference.poll",
+    "inference.heartbeat",
     "sidecar.poll",
     "cluster.links",
     "cluster.ranks_per_node",
     "cluster.margin",
+    "cluster.submit_limit",
+    "cluster.supervise",
     "cluster.query_timeout",
     "retention.checkpoints",
 )
@@ -358,14 +378,42 @@ def validate(config: Config) -> None:
         if lookup(config, key) not in valid:
             raise unknown(key, lookup(config, key), valid)
     for key in POSITIVE:
-        if not lookup(config, key) > 0:
-            raise UserError(f"{key}: expected a value above 0, got {lookup(config, key)!r}")
-    try:
-        int(config.cluster.umask, 8)
-    except ValueError:
-        raise UserError(f"cluster.umask: expected an octal number such as 027, got {config.cluster.umask!r}") from None
+        value = lookup(config, key)
+        if value is not None and not value > 0:
+            raise UserError(f"{key}: expected a value above 0, got {value!r}")
+    if not config.data.path:
+        raise UserError(
+            "data.path: expected a preference dataset (Parquet, JSON lines or Arrow file, or a dataset id); nothing came"
+        )
+    if config.data.heldout_prompts < 0:
+        raise UserError(f"data.heldout_prompts: expected 0 or more, got {config.data.heldout_prompts}")
+    if not config.model.policy:
+        raise UserError("model.policy: expected the Hugging Face folder of the policy to align; nothing came")
+    _validate_cluster(config)
+    _validate_method(config)
+    _validate_inference(config)
+
+
+def _validate_cluster(config: Config) -> None:
+    if not re.fullmatch("0[0-7]{2,3}", config.cluster.umask):
+        raise UserError(
+            f'cluster.umask: expected an octal number in quotes, such as "027", got {config.cluster.umask!r}; '
+            "YAML reads 027 without quotes as 23"
+        )
+    if int(config.cluster.umask, 8) & 0o022 != 0o022:
+        raise UserError(
+            f"cluster.umask: {config.cluster.umask!r} lets others write into the run, and who can do that can run code as its "
+            'owner; expected "077", "027" or "022"'
+        )
     for role in ROLES:
-        seconds = 60 * (request(config.cluster, role).time_minutes or 0)
+        wish = request(config.cluster, role)
+        try:
+            (wish.gpu_request or "").format(gpus=1)
+        except (AttributeError, LookupError, TypeError, ValueError):
+            raise UserError(
+                f"cluster.{role}.gpu_request: expected no braces but {{gpus}}, the number of GPUs on a node; got {wish.gpu_request!r}"
+            ) from None
+        seconds = 60 * (wish.time_minutes or 0)
         if seconds <= 2 * config.cluster.margin and config.cluster.kind != "local":
             raise UserError(
                 f"cluster.{role}.time_minutes: {seconds / 60:g} min leave too little beside cluster.margin="
@@ -381,6 +429,11 @@ def validate(config: Config) -> None:
             f"{world} ranks = trainer.tensor {config.trainer.tensor} x pipeline {config.trainer.pipeline} x data "
             f"{config.trainer.data} do not fill nodes of cluster.ranks_per_node={config.cluster.ranks_per_node}"
         )
+    if config.trainer.sequence_parallel and config.trainer.tensor == 1:
+        raise UserError("trainer.sequence_parallel: expected trainer.tensor of 2 or more, got 1")
+
+
+def _validate_method(config: Config) -> None:
     method = config.method
     if method.shard_size % method.global_batch:
         raise UserError(
@@ -393,12 +446,14 @@ def validate(config: Config) -> None:
             "method.global_batch must be a multiple of trainer.data x trainer.micro_batch, got "
             f"{method.global_batch} and {config.trainer.data} x {config.trainer.micro_batch} = {split}"
         )
-    if not config.data.path:
+    if method.warm_start_pairs is not None and method.warm_start == "none":
         raise UserError(
-            "data.path: expected a preference dataset (Parquet, JSON lines or Arrow file, or a dataset id); nothing came"
+            f"method.warm_start_pairs={method.warm_start_pairs}, but there is no round for them: method.warm_start"
         )
-    if not config.model.policy:
-        raise UserError("model.policy: expected the Hugging Face folder of the policy to align; nothing came")
+    if (method.warm_start_pairs or 0) % method.global_batch:
+        raise UserError(
+            f"method.warm_start_pairs: expected a multiple of method.global_batch={method.global_batch}, got {method.warm_start_pairs}"
+        )
     if method.gate.kind != "none" and config.reward.model is None:
         raise UserError(
             f"method.gate.kind={method.gate.kind} samples online pairs, which a reward model must judge: set reward.model, "
@@ -413,9 +468,20 @@ def validate(config: Config) -> None:
         )
     if method.meta.lag < 0:
         raise UserError(f"method.meta.lag: expected 0 or more, got {method.meta.lag}")
-    unknown_work = sorted(set(config.inference.does) - {"sample", "annotate", "evaluate"})
+    if not 0 <= method.meta.clamp < 0.5:
+        raise UserError(f"method.meta.clamp: expected a value in [0, 0.5), got {method.meta.clamp}")
+
+
+def _validate_inference(config: Config) -> None:
+    does = set(config.inference.does)
+    unknown_work = sorted(does - {"sample", "annotate", "evaluate"})
     if unknown_work:
         raise unknown("inference.does", unknown_work[0], ("sample", "annotate", "evaluate"))
+    if config.method.gate.kind != "none" and not {"sample", "annotate"} <= does:
+        raise UserError(
+            f"inference.does: method.gate.kind={config.method.gate.kind} needs sample and annotate, got "
+            f"{', '.join(config.inference.does) or 'nothing'}; the run would wait for ever"
+        )
     if config.needs_workers and config.inference.workers < 1:
         raise UserError(f"inference.workers: this method needs at least 1, got {config.inference.workers}")
     room = config.inference.max_model_len

@@ -123,7 +123,7 @@ def measured(name: str, run: Run, cpu: dict[str, float]) -> tuple[float, list[li
         cores = run.config.trainer.data if role == "trainer" else 1
         held = sum(seconds_held(attempt) for slot in slots for attempt in own[slot])
         spent = {
-            key: sum(where[slot].get(key, 0.0) for slot in slots) for key in ("wait", IDLE, STARTING, "load policy")
+            key: sum(where[slot].get(key, 0.0) for slot in slots) for key in ("wait", IDLE, STARTING, "load models")
         }
         used = sum(cpu.get(attempt.id, 0.0) for slot in slots for attempt in own[slot])
         rows.append(

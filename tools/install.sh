@@ -18,7 +18,7 @@ lack() { # WHAT IS NEEDED, AND WHAT TO DO
     lacking=1
 }
 suits() { # PYTHON: whether it can make .venv
-    "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null
+    "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 }
 
 [[ "$(uname -sm)" == "Linux x86_64" ]] ||
@@ -27,17 +27,19 @@ grep -qw avx2 /proc/cpuinfo 2>/dev/null ||
     lack "a CPU with AVX2, for vLLM; this one has none. Use a newer machine (x86 servers and laptops since about 2015 have it)."
 
 python=
-for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13 python3.14}; do
+candidates=(python3 python3.12 python3.11 python3.13)
+[[ -z "${PYTHON:-}" ]] || candidates=("$PYTHON")
+for candidate in "${candidates[@]}"; do
     if suits "$candidate"; then
         python=$candidate
         break
     fi
 done
 [[ -n "$python" ]] ||
-    lack "Python 3.11 to 3.14 with venv; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>/dev/null || echo not there)." \
+    lack "Python 3.11 to 3.13 with venv; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>/dev/null || echo not there)." \
         "On Debian or Ubuntu: sudo apt-get install python3 python3-venv; or name another one: PYTHON=/path/to/python3"
 [[ ! -e .venv ]] || suits .venv/bin/python ||
-    lack "a .venv that works, with Python 3.11 to 3.14; this one doesn't. Remove it and call this again: rm -r .venv"
+    lack "a .venv that works, with Python 3.11 to 3.13; this one doesn't. Remove it and call this again: rm -r .venv"
 
 disk=$([[ $installed == yes ]] && echo 2 || echo 8)
 disk_free=$(($(df -Pk . | awk 'NR == 2 { print $4 }') / 1048576))

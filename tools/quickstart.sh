@@ -44,6 +44,7 @@ run=${run:-runs/quickstart$suffix$([[ $slurm == no ]] || echo -slurm)}
 unset PYTHONPATH PYTHONHOME
 export OMP_NUM_THREADS=1 # for each role's process: more threads than cores would only wait for each other
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export CUDA_VISIBLE_DEVICES= # what tools/install.sh installs is for the CPU
 
 step() { # TEXT
     echo
@@ -61,14 +62,19 @@ outcome() { # how the run in $run ended: finished, cancelled or failed; open; or
     .venv/bin/metaapo status "$run" --refresh --json 2>/dev/null |
         .venv/bin/python -c 'import json, sys; print(json.load(sys.stdin)["outcome"] or "open")' 2>/dev/null || echo none
 }
-launch=(launch experiment=quickstart cluster=local toy="$world" run="$run" seed="$seed")
+launch=(launch experiment=quickstart cluster=local toy="'$world'" run="'$run'" seed="$seed")
 if [[ $slurm == yes ]]; then
-    cluster=$(mktemp -d /tmp/slurm-XXXXXX)
-    eval "$(.venv/bin/python slurm/devcluster.py start "$cluster" --nodes 3)"
-    trap '.venv/bin/python slurm/devcluster.py stop "$cluster"' EXIT
-    launch=(launch experiment=quickstart cluster=devcluster toy="$world" run="$run" seed="$seed"
+    launch=(launch experiment=quickstart cluster=devcluster toy="'$world'" run="'$run'" seed="$seed"
         trainer.tensor=2 trainer.pipeline=2 inference.workers=2)
 fi
+start_cluster() { # where the run has something left to do as Slurm jobs
+    [[ $slurm == yes ]] || return 0
+    cluster=$(mktemp -d /tmp/slurm-XXXXXX)
+    setting=$(.venv/bin/python slurm/devcluster.py start "$cluster" --nodes 3) ||
+        { rm -rf "$cluster"; refuse "the private Slurm cluster did not start"; }
+    trap '.venv/bin/python slurm/devcluster.py stop "$cluster"' EXIT
+    eval "$setting"
+}
 watch() { # after a launch that left the run to its jobs: until they have finished it
     [[ $slurm == yes ]] || return 0
     .venv/bin/metaapo status "$run" --watch
@@ -83,11 +89,13 @@ case $(outcome) in
         ;;
     cancelled | failed)
         step "3/3 the run: $run was stopped; it continues"
+        start_cluster
         .venv/bin/metaapo resume "$run"
         watch
         ;;
     *)
         step "3/3 the run: metaapo ${launch[*]}"
+        start_cluster
         .venv/bin/metaapo "${launch[@]}"
         watch
         ;;

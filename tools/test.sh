@@ -9,6 +9,7 @@ bash slurm/install.sh || { status=$?; [[ $status == 3 && "${CI:-}" != true ]] ||
 unset PYTHONPATH PYTHONHOME
 export OMP_NUM_THREADS=1 # tests start processes by the dozen; results are also compared bit for bit
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export CUDA_VISIBLE_DEVICES= # what tools/install.sh installs is for the CPU
 if (($#)); then
     exec .venv/bin/python -m pytest --durations=20 "$@"
 fi

@@ -1,4 +1,4 @@
-"""A single-process port of the official MetaAPO code, the oracle of the preset ``reference_code``.
+"""A single-process port of the official MetaAPO code, the oracle of the preset ``metaapo_reference_code``.
 
 What github.com/junming-yang/MetaAPO (1b1b4c5) computes, in plain torch and without our package: one learner of constant
 init, its feature log σ(Δ) without β, the gate u > h, pairs that were not sampled dropped, the learner's weight read again

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from tests.algorithms.presets import preset
 from toolkit.algorithms import draws, gates
 from toolkit.algorithms.meta_learner import initial_state
-from toolkit.algorithms.presets import preset
 from toolkit.errors import UserError
 
 SCORES = torch.tensor([-40.0, -2.0, -math.log(2), -1e-3, 0.0])
@@ -38,7 +38,7 @@ def test_random_samples_at_its_rate() -> None:
 def test_fixed_threshold_and_meta() -> None:
     assert gates.get("fixed").weights(SCORES).tolist() == pytest.approx(SCORES.sigmoid().tolist())
     assert gates.get("threshold", threshold=-2.0).weights(SCORES).tolist() == [0, 1, 1, 1, 1]
-    state = initial_state(preset("paper"), seed=0)
+    state = initial_state(preset("metaapo_paper"), seed=0)
     w = gates.get("meta").weights(SCORES, state)
     assert w.dtype == torch.float32 and not w.requires_grad
     assert w.tolist() == pytest.approx((10 * torch.tanh(0.1 * SCORES)).sigmoid().tolist())
@@ -48,7 +48,7 @@ def test_fixed_threshold_and_meta() -> None:
 
 def test_a_decision_depends_on_its_pair_alone() -> None:
     """Whatever the batch and the threads: a shard recomputed by anyone gives the same requests."""
-    state = initial_state(preset("recommended"), seed=1)
+    state = initial_state(preset("metaapo"), seed=1)
     scores = torch.randn(1003, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     whole = gates.get("meta").weights(scores, state)
     assert torch.equal(whole, torch.cat([gates.get("meta").weights(part, state) for part in scores.split(7)]))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from tests.algorithms.presets import preset
 from toolkit.algorithms.features import FeatureStatistics
 from toolkit.algorithms.meta_learner import MetaBatch, MetaLearner, MetaLearnerState, initial_state, update
-from toolkit.algorithms.presets import preset
 from toolkit.errors import UserError
 
 
@@ -59,7 +59,7 @@ def test_clamp_bounds_the_weight_and_keeps_a_gradient() -> None:
 
 @pytest.mark.parametrize("init", ["constant", "random"])
 def test_units_stay_equal_after_constant_init_and_differ_after_random(init: str) -> None:
-    state = initial_state(preset("paper", init=init), seed=0)
+    state = initial_state(preset("metaapo_paper", init=init), seed=0)
     for step in range(15):
         state = update(state, batch(64, step))
     start = initial_state(state.settings, seed=0).parameters
@@ -72,7 +72,7 @@ def test_units_stay_equal_after_constant_init_and_differ_after_random(init: str)
 
 
 def test_update_goes_where_the_loss_is_lower() -> None:
-    state = initial_state(preset("recommended"), seed=0)
+    state = initial_state(preset("metaapo"), seed=0)
     probe = torch.tensor([-1.5, 1.5])
     before = state.learner()(probe)
     for step in range(10):
@@ -84,7 +84,7 @@ def test_update_goes_where_the_loss_is_lower() -> None:
 
 def test_one_step_over_all_rows_equals_adamw_by_hand() -> None:
     """First step of Adam: each parameter moves by lr·g/(|g| + ε'), weights after their decay."""
-    settings = preset("paper", init="random", weight_decay=0.1)
+    settings = preset("metaapo_paper", init="random", weight_decay=0.1)
     state, rows = initial_state(settings, seed=0), batch(32)
     learner = state.learner()
     loss = (learner(rows.features) * (rows.offline_losses - rows.online_losses)).mean()
@@ -103,11 +103,11 @@ def test_one_step_over_all_rows_equals_adamw_by_hand() -> None:
 def test_gradients_are_clipped() -> None:
     rows = batch(32)
     huge = MetaBatch(rows.features, 1e4 * rows.offline_losses, rows.online_losses)
-    moments = update(initial_state(preset("paper"), seed=0), huge).first_moments.values()
+    moments = update(initial_state(preset("metaapo_paper"), seed=0), huge).first_moments.values()
     assert torch.cat([moment.flatten() for moment in moments]).norm().item() == pytest.approx(0.1, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["paper", "recommended"])
+@pytest.mark.parametrize("name", ["metaapo_paper", "metaapo"])
 def test_update_is_pure_and_bit_deterministic(name: str) -> None:
     state = initial_state(preset(name, init="random"), seed=5)
     tensors, values = state.to_tensors()
@@ -129,25 +129,25 @@ def test_update_is_pure_and_bit_deterministic(name: str) -> None:
 
 
 def test_empty_batch_makes_the_next_version_of_the_same_function() -> None:
-    state = update(initial_state(preset("paper"), seed=0), batch(8))
+    state = update(initial_state(preset("metaapo_paper"), seed=0), batch(8))
     following = update(state, batch(0))
     assert following.version == state.version + 1
     assert same(replace(following, version=state.version), state)
 
 
 def test_minibatches_cover_every_row_once_an_epoch() -> None:
-    state = initial_state(preset("recommended", minibatch=50, epochs=3), seed=0)
+    state = initial_state(preset("metaapo", minibatch=50, epochs=3), seed=0)
     assert update(state, batch(120)).step == 9  # 50 + 50 + 20 rows, three times
     reordered = update(state, batch(120)).parameters["input_weight"]
-    plain = update(replace(state, settings=preset("recommended", minibatch=None, epochs=3)), batch(120))
+    plain = update(replace(state, settings=preset("metaapo", minibatch=None, epochs=3)), batch(120))
     assert plain.step == 3
     assert not torch.equal(reordered, plain.parameters["input_weight"])
 
 
 def test_state_survives_storage_bit_for_bit() -> None:
     stats = FeatureStatistics(mean=-0.1, std=1 / 3, count=7, variance=1 / 9)
-    state = replace(update(initial_state(preset("recommended"), seed=2), batch(200)), statistics=stats)
-    for each in (initial_state(preset("paper"), seed=0), state):
+    state = replace(update(initial_state(preset("metaapo"), seed=2), batch(200)), statistics=stats)
+    for each in (initial_state(preset("metaapo_paper"), seed=0), state):
         tensors, values = each.to_tensors()
         read = MetaLearnerState.from_tensors(load(save(tensors)), json.loads(json.dumps(values)))
         assert same(read, each) and read.statistics == each.statistics and read.settings == each.settings
@@ -155,7 +155,7 @@ def test_state_survives_storage_bit_for_bit() -> None:
 
 
 def test_errors() -> None:
-    state = initial_state(preset("paper"), seed=0)
+    state = initial_state(preset("metaapo_paper"), seed=0)
     rows = batch(4)
     rows.online_losses[2] = math.nan
     with pytest.raises(UserError, match=r"version 1, got others in rows \[2\] of 4"):

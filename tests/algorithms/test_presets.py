@@ -5,59 +5,50 @@ import sys
 
 import pytest
 
+from tests.algorithms.presets import FOLDER, method, preset
 from toolkit.algorithms import gates, references
-from toolkit.algorithms.presets import PRESETS, MetaSettings, preset
+from toolkit.algorithms.meta_learner import MetaSettings
 from toolkit.errors import UserError
 
 
 def test_presets_hold_what_their_sources_say() -> None:
-    paper, code, recommended = preset("paper"), preset("reference_code"), preset("recommended")
-    assert (paper.interval, paper.feature, paper.init, paper.missing, paper.lag) == (
+    paper, code, recommended = (method(name) for name in ("metaapo_paper", "metaapo_reference_code", "metaapo"))
+    assert (paper.meta.interval, paper.meta.feature, paper.meta.lag, paper.missing_online) == (
         8,
         "log_sigmoid_beta",
-        "constant",
-        "offline_full",
         1,
+        "offline_full",
     )
-    assert (code.interval, code.feature, code.init, code.missing, code.lag) == (
-        16,
-        "log_sigmoid",
-        "constant",
-        "drop",
-        0,
-    )
-    assert (code.gate_reference, code.loss_reference, code.remainder) == ("previous", "previous", "discard")
-    assert (code.round_start_optimizer, code.round_start_schedule) == ("reset", "restart")
-    for settings in (paper, code):
-        assert (settings.learning_rate, settings.weight_decay, settings.epochs, settings.minibatch) == (
-            5e-3,
-            1e-4,
-            1,
-            None,
-        )
-        assert (settings.clamp, settings.exploration, settings.warm_start) == (0, 0, "none")
-    assert (recommended.init, recommended.feature, recommended.warm_start) == (
+    assert (code.meta.interval, code.meta.feature, code.meta.lag, code.missing_online) == (16, "log_sigmoid", 0, "drop")
+    assert (code.gate_reference, code.loss_reference, code.meta.remainder) == ("previous", "previous", "discard")
+    assert (code.round_start.optimizer, code.round_start.schedule) == ("reset", "restart")
+    assert code.sampling.allow_truncated
+    for each in (paper, code):
+        assert (each.meta.learning_rate, each.meta.weight_decay, each.meta.epochs) == (5e-3, 1e-4, 1)
+        assert (each.meta.init, each.meta.minibatch, each.meta.clamp, each.meta.exploration) == ("constant", None, 0, 0)
+        assert each.warm_start == "none"
+    assert preset("metaapo_paper") == MetaSettings(), "the defaults are the paper's"
+    assert (recommended.meta.init, recommended.meta.feature, recommended.warm_start) == (
         "random",
         "standardised",
         "offline_round",
     )
-    assert recommended.clamp > 0 and recommended.exploration > 0 and recommended.minibatch
+    assert recommended.meta.clamp > 0 and recommended.meta.exploration > 0 and recommended.meta.minibatch
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_methods_that_may_run(name: str) -> None:
-    settings = preset(name)
-    references.validate(settings.gate_reference, settings.loss_reference, "meta", settings.warm_start, rounds=3)
-    gates.get("meta", exploration=settings.exploration)
+@pytest.mark.parametrize("name", [path.stem for path in FOLDER.glob("*.yaml")])
+def test_every_method_may_run(name: str) -> None:
+    found = method(name)
+    references.validate(found.gate_reference, found.loss_reference, found.gate.kind, found.warm_start, found.rounds + 1)
+    parameters = {"exploration": found.meta.exploration} if found.gate.kind == "meta" else found.gate.parameters
+    uses_features = gates.get(found.gate.kind, **parameters).needs_scores or found.weight.kind in ("meta", "fixed")
+    # the statistics of a round need all its scores, and nothing is sampled before
+    assert uses_features or found.gate.kind == "none" or found.meta.feature != "standardised"
 
 
-def test_overrides_and_errors() -> None:
-    assert preset("paper", interval=4) == MetaSettings(interval=4)
-    with pytest.raises(UserError, match="expected one of: paper, recommended, reference_code"):
-        preset("official")
-    with pytest.raises(UserError, match=r"preset 'paper' has no setting 'intervall'; its settings: .*interval=8"):
-        preset("paper", intervall=4)
-    for name, value in [
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
         ("init", "zeros"),
         ("feature", "raw"),
         ("interval", 0),
@@ -69,21 +60,20 @@ def test_overrides_and_errors() -> None:
         ("exploration", 1.0),
         ("learning_rate", 0.0),
         ("weight_decay", -1.0),
-        ("missing", "ignore"),
-        ("gate_reference", "sft"),
         ("remainder", "keep"),
-        ("warm_start", "yes"),
-    ]:
-        with pytest.raises(UserError, match=name):
-            preset("paper", **{name: value})
+    ],
+)
+def test_bad_settings_are_refused(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=name):
+        MetaSettings(**{name: value})
 
 
 def test_a_launcher_without_torch_can_check_a_method() -> None:
     check = (
         "import sys\n"
         "sys.modules['torch'] = None  # importing it fails\n"
-        "from toolkit.algorithms import draws, features, gates, objectives, pairing, presets, references, weighting\n"
-        "objectives.get('simpo', beta=2.5); gates.get('random', probability=0.5); presets.preset('recommended')\n"
+        "from toolkit.algorithms import draws, features, gates, objectives, pairing, references, weighting\n"
+        "objectives.get('simpo', beta=2.5); gates.get('random', probability=0.5)\n"
         "references.validate('initial', 'behaviour', 'meta', 'offline_round', 3)\n"
         "draws.uniform(0, 0, 'a'); pairing.best_worst([0, 1], [False, False], [[1], [2]])\n"
     )

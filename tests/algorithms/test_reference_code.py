@@ -1,4 +1,4 @@
-"""Preset ``reference_code`` against the port of the official algorithm, step by step.
+"""Preset ``metaapo_reference_code`` against the port of the official algorithm, step by step.
 
 Why: a preset that claims to be the official code has to be it, formula by formula and in the order of things: which φ a
 gate and a step read, what enters the buffer, when it is emptied. Both sides get the same log-probs; only theirs is
@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from tests.algorithms.official_port import LogProbs, OfficialRun, train_round
+from tests.algorithms.presets import method, preset
 from toolkit.algorithms import draws, features, gates, objectives, weighting
 from toolkit.algorithms.meta_learner import MetaBatch, MetaLearnerState, initial_state, update
 from toolkit.algorithms.objectives import PairLogProbs
-from toolkit.algorithms.presets import preset
 
 BETA = 0.1
 BATCH = 8
@@ -27,7 +27,8 @@ class OurRun:
     """The preset made of the toolkit's functions, as the trainer and the sidecar put them together."""
 
     def __init__(self) -> None:
-        self.settings = preset("reference_code")
+        self.settings = preset("metaapo_reference_code")
+        self.missing = method("metaapo_reference_code").missing_online
         self.objective = objectives.get("dpo", beta=BETA)
         self.state: MetaLearnerState = initial_state(self.settings, seed=0)
         self.rows: list[MetaBatch] = []
@@ -44,9 +45,9 @@ class OurRun:
         s = self.feature(offline)
         w = weighting.weights("meta", s, self.state.learner())
         loss_offline, loss_online = self.objective(offline), self.objective(online.masked(has_online))
-        losses = weighting.meta_weighted_losses(w, loss_offline, loss_online, has_online, self.settings.missing)
+        losses = weighting.meta_weighted_losses(w, loss_offline, loss_online, has_online, self.missing)
         self.rows.append(MetaBatch(s[has_online], loss_offline[has_online], loss_online[has_online]))
-        return losses, w, weighting.contributing(has_online, self.settings.missing)
+        return losses, w, weighting.contributing(has_online, self.missing)
 
     def after_step(self) -> None:
         self.steps_in_round += 1
@@ -186,7 +187,7 @@ def test_another_setting_would_not_equal_it(setting: str, value: object) -> None
     """The comparison sees a difference where there is one."""
     generator = torch.Generator().manual_seed(1)
     ours, official = OurRun(), OfficialRun(BETA, interval=16)
-    ours.settings = preset("reference_code", **{setting: value})
+    ours.settings = preset("metaapo_reference_code", **{setting: value})
     ours.state = initial_state(ours.settings, seed=0)
     everything = torch.ones(BATCH, dtype=torch.bool)
     for _ in range(16):

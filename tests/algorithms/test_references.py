@@ -32,6 +32,7 @@ def test_resolve() -> None:
         ("behaviour", "behaviour", "all", "none", 1),  # a gate that reads no scores
         ("behaviour", "behaviour", "meta", "none", 2, False),  # an objective without reference
         ("initial", "initial", "meta", "none", 1, True, False),  # an initial reference that is another model
+        ("previous", "previous", "meta", "none", 1, True, False),
     ],
 )
 def test_valid_references(arguments) -> None:
@@ -48,6 +49,7 @@ def test_valid_references(arguments) -> None:
         (("behaviour", "initial", "fixed", "none", 2, True, False), "itself in every round"),
         (("initial", "initial", "meta", "none", 1), "itself in every round.*set rounds to 2 or more"),
         (("previous", "initial", "threshold", "none", 1), "itself in every round"),
+        (("ema", "initial", "meta", "none", 1, True, False), "itself in every round"),
         (("initial", "initial", "meta", "offline_round", 1), "no round to act in"),
         (("sft", "initial", "meta", "none", 2), "unknown reference 'sft'"),
         (("initial", "sft", "none", "none", 2), "unknown reference 'sft'"),

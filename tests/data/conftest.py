@@ -10,6 +10,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from toolkit.data.formats import Message
+from toolkit.data.template import ChatTokenizer
+
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
     "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
@@ -76,6 +79,16 @@ def save(
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
+
+
+def prompt_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[int]:
+    """Token ids of the conversation and the generation prompt."""
+    return tokenizer.encode_rendered([tokenizer.render(messages, generation_prompt=True)])[0]
+
+
+def response_ids(tokenizer: ChatTokenizer, content: str) -> list[int]:
+    """Token ids of the content, and the end-of-turn id after them."""
+    return tokenizer.encode_responses([content])[0]
 
 
 @pytest.fixture

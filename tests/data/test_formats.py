@@ -74,6 +74,21 @@ def test_hh_rlhf(tmp_path: Path) -> None:
     assert read(tmp_path, {"prompt": start, "chosen": " A name.", "rejected": " No.\n\nReally."}) == rows
 
 
+@pytest.mark.parametrize("before", ["\n\nHuman: Hi\n\nAssistant:", "Human: Hi\n\nAssistant:", "\n\nHuman: Hi"])
+def test_an_hh_answer_may_go_on_with_another_turn(tmp_path: Path, before: str) -> None:
+    """Models do that; the prompt, stripped or without its last line, still says what is one."""
+    row = {"prompt": before, "chosen": " Hello\n\nHuman: Thanks.", "rejected": "No."}
+    assert read(tmp_path, row) == [Pair(0, [HI], "Hello\n\nHuman: Thanks.", "No.")]
+    whole = {"prompt": before, "chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "Human: Hi\n\nAssistant: No."}
+    assert read(tmp_path, whole) == [Pair(0, [HI], "Hello", "No.")]
+
+
+def test_an_hh_transcript_without_an_answer_is_dropped(tmp_path: Path) -> None:
+    answered = {"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"}
+    rows = read(tmp_path, answered, answered | {"rejected": "\n\nHuman: Hi"})
+    assert rows[1] == Dropped(1, "no_answer", "rejected ends with the human's turn")
+
+
 def test_rows_with_different_prompts_are_dropped_with_a_reason(tmp_path: Path) -> None:
     rows = read(
         tmp_path,
@@ -107,7 +122,7 @@ OK_HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n
         (OK_MESSAGES, {"rejected": [HI, HELLO, WHO]}, "rejected", "last turn is of role 'user'; expected 'assistant'"),
         (OK_MESSAGES, {"rejected": [BAD]}, "prompt", "found nothing; expected a string"),
         (OK_HH, {"chosen": "Hi there"}, "chosen", "expected a transcript"),
-        (OK_HH, {"rejected": "\n\nHuman: Hi"}, "rejected", "last turn is of role 'user'"),
+        (OK_HH, {"prompt": "Hi"}, "prompt", "expected a transcript"),
     ],
 )
 def test_an_unreadable_row_names_file_row_and_column(

@@ -173,7 +173,7 @@ def test_local_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "tiny").mkdir(parents=True)
     assert not is_hub_id("org/tiny") and is_hub_id("org/other")
-    for name in ("", "pairs.parquet", "/a/b", "./a/b", "../a", "~/a", "a/b/c"):
+    for name in ("", "pairs.parquet", "/a/b", "./a/b", "../a", "~/a", "a/b/c", "data/pears.jsonl", "a/b.parquet"):
         assert not is_hub_id(name), name
 
 
@@ -185,6 +185,8 @@ def test_the_command_prints_what_to_launch_with(
     assert f"launch with: 'model.policy={tmp_path}/my models/models/org--tiny'" in printed
     assert cli.main(["prefetch", "--to", str(tmp_path)]) == 0
     assert "nothing to download" in capsys.readouterr().out
+    assert cli.main(["prefetch", "model.policy=gpt2", "--to", str(tmp_path)]) == 0
+    assert "nothing to download: no key names a model or data set of the Hub as owner/name" in capsys.readouterr().out
 
 
 def test_who_names_a_hub_id_is_told_of_prefetch(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.data.conftest import prompt_ids
 from toolkit.data.formats import Dropped, Message, Pair
 from toolkit.data.prepare import Prepared, PrepareSettings, pair_id, prepare_pairs, round_sizes, shard_sizes
 from toolkit.data.template import ChatTokenizer
@@ -44,7 +45,7 @@ def test_ids_text_and_names_of_a_pair(tokenizer: ChatTokenizer) -> None:
         row = pair["row"]
         assert pair["pair_id"] == pair_id("source", row)
         assert pair["prompt"] == user(f"prompt {row}")
-        assert pair["prompt_ids"] == tokenizer.encode_prompt(pair["prompt"])
+        assert pair["prompt_ids"] == prompt_ids(tokenizer, pair["prompt"])
         assert (pair["chosen"], pair["chosen_ids"]) == (f"good {row}", [*f"good {row}".encode(), 260])
         assert (pair["rejected"], pair["rejected_ids"]) == (f"bad {row}", [*f"bad {row}".encode(), 260])
     assert pair_id("source", 1) != pair_id("source", 2) != pair_id("other", 2)
@@ -86,7 +87,7 @@ def test_what_is_left_out_is_listed_and_counted(tokenizer: ChatTokenizer) -> Non
 
 def test_limits_are_inclusive(tokenizer: ChatTokenizer) -> None:
     rows = pairs(20, 20)
-    longest = max(len(tokenizer.encode_prompt(pair.prompt)) for pair in rows)
+    longest = max(len(prompt_ids(tokenizer, pair.prompt)) for pair in rows)
     whole = longest + len("good 19") + 1
     limits = {"heldout_prompts": 0, "max_prompt_tokens": longest}
     assert prepare(rows, tokenizer, max_tokens=whole, **limits).counts["pairs"] == 20
@@ -114,12 +115,11 @@ def test_a_prompt_is_held_out_with_all_its_pairs(tokenizer: ChatTokenizer) -> No
     for row in prepared.heldout.to_pylist():
         assert row["row"] < 20  # the first pair of its prompt
         assert row["chosen"] == f"good {row['row']}"
-        assert row["prompt_ids"] == tokenizer.encode_prompt(row["prompt"])
+        assert row["prompt_ids"] == prompt_ids(tokenizer, row["prompt"])
 
-    share = prepare(pairs(60, 20), tokenizer, heldout_prompts=0.25)
-    assert share.counts["heldout"] == 5
+    more = prepare(pairs(60, 20), tokenizer, heldout_prompts=5)
     # a larger split contains the smaller one, and who is held out does not depend on other prompts
-    assert set(held) <= {message[0]["content"] for message in share.heldout["prompt"].to_pylist()}
+    assert set(held) <= {message[0]["content"] for message in more.heldout["prompt"].to_pylist()}
 
 
 def test_order_is_seeded_and_independent_of_what_else_is_there(tokenizer: ChatTokenizer) -> None:

@@ -124,6 +124,36 @@ def test_empty_tables_and_wrong_places(tmp_path: Path) -> None:
         sources.load(write(tmp_path / "a.jsonl"), limit=0)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl")
+    plain = list(sources.load(path).rows(["prompt"]))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert list(sources.load(path).rows(["prompt"])) == plain
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"made.py": "import datasets"}, "Dataset scripts are no longer supported"),
+        (
+            {
+                "README.md": "---\nconfigs:\n- {config_name: one, data_files: a.jsonl}\n- {config_name: two, data_files: a.jsonl}\n---",
+                "a.jsonl": '{"prompt": "p"}',
+            },
+            "Config name is missing",
+        ),
+    ],
+)
+def test_a_dataset_that_its_id_does_not_settle_says_what_to_do(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    (tmp_path / "made").mkdir()
+    for name, text in files.items():
+        (tmp_path / "made" / name).write_text(text)
+    with pytest.raises(UserError, match=rf"cannot read an/id: {message}(.|\n)*export the rows wanted to Parquet"):
+        sources._load_dataset("an/id", str(tmp_path / "made"), tmp_path / "cache", split="train")
+
+
 def test_a_dataset_id_without_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

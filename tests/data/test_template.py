@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.conftest import prompt_ids, response_ids
 from toolkit.data.template import ChatTemplate, ChatTokenizer, RewardTokenizer, TemplateRefusal, tokenizer_files
 from toolkit.errors import UserError
 
@@ -22,11 +23,11 @@ TURNS = [
 def test_llama3_ids_by_hand(llama3: Path) -> None:
     tokenizer = ChatTokenizer(llama3)
     # <|begin_of_text|> once, though this tokenizer adds one by itself to plain text
-    assert tokenizer.encode_prompt(HI) == [
+    assert prompt_ids(tokenizer, HI) == [
         256, 258, *b"user", 259, 10, 10, 72, 105, 260, 258, *b"assistant", 259, 10, 10
     ]  # fmt: skip
     assert tokenizer.tokenizer("Hi")["input_ids"] == [256, 72, 105]
-    assert tokenizer.encode_response("Yes.") == [89, 101, 115, 46, 260]
+    assert response_ids(tokenizer, "Yes.") == [89, 101, 115, 46, 260]
     assert tokenizer.end_of_turn == 260
     assert tokenizer.stop_ids == (257, 260)
     assert tokenizer.notes == ()
@@ -38,7 +39,7 @@ def test_llama3_keeps_system_and_all_turns(llama3: Path) -> None:
     def turn(role: bytes, content: bytes) -> list[int]:
         return [258, *role, 259, 10, 10, *content, 260]
 
-    assert tokenizer.encode_prompt(TURNS) == [
+    assert prompt_ids(tokenizer, TURNS) == [
         256,
         *turn(b"system", b"Be brief."),
         *turn(b"user", b"Hi"),
@@ -50,10 +51,10 @@ def test_llama3_keeps_system_and_all_turns(llama3: Path) -> None:
 
 def test_chatml_response_has_no_newline_after_its_end(chatml: Path) -> None:
     tokenizer = ChatTokenizer(chatml)
-    assert tokenizer.encode_prompt(HI) == [
+    assert prompt_ids(tokenizer, HI) == [
         257, *b"system\nYou are Qwen.", 258, 10, 257, *b"user\nHi", 258, 10, 257, *b"assistant\n"
     ]  # fmt: skip
-    assert tokenizer.encode_response("Yes.") == [*b"Yes.", 258]
+    assert response_ids(tokenizer, "Yes.") == [*b"Yes.", 258]
     assert tokenizer.stop_ids == (256, 258)
 
 
@@ -67,18 +68,18 @@ def test_prompt_and_response_joined_are_the_rendered_conversation(llama3: Path, 
         for prompt in (HI, TURNS):
             answered = [*prompt, {"role": "assistant", "content": "A name."}]
             full = tokenizer.encode_rendered([tokenizer.render(answered, generation_prompt=False)])[0]
-            assert tokenizer.encode_prompt(prompt) + tokenizer.encode_response("A name.") + trailing == full
+            assert prompt_ids(tokenizer, prompt) + response_ids(tokenizer, "A name.") + trailing == full
 
 
 def test_thinking_block_belongs_to_the_generation_prompt_when_thinking_is_off(thinking: Path) -> None:
     off = ChatTokenizer(thinking, {"enable_thinking": False})
     opening = [257, *b"user\nHi", 258, 10, 257, *b"assistant\n"]
-    assert off.encode_prompt(HI) == [*opening, *b"<think>\n\n</think>\n\n"]
-    assert off.encode_response("Yes.") == [*b"Yes.", 258]
+    assert prompt_ids(off, HI) == [*opening, *b"<think>\n\n</think>\n\n"]
+    assert response_ids(off, "Yes.") == [*b"Yes.", 258]
     assert off.notes == ()
 
     on = ChatTokenizer(thinking)
-    assert on.encode_prompt(HI) == opening
+    assert prompt_ids(on, HI) == opening
     assert on.end_of_turn == 258
     assert len(on.notes) == 1
     assert "enable_thinking" in on.notes[0]
@@ -100,7 +101,7 @@ def test_a_generation_prompt_that_is_no_prefix_names_the_template_and_both_texts
         ChatTokenizer(folder)
     for part in (str(folder), "'<think>\\n'", "'Forty-two.<|end|>'", "enable_thinking"):
         assert part in str(error.value)
-    assert ChatTokenizer(folder, {"enable_thinking": False}).encode_prompt(HI) == [256, *b"Hi", 257]
+    assert prompt_ids(ChatTokenizer(folder, {"enable_thinking": False}), HI) == [256, *b"Hi", 257]
 
 
 def test_a_template_without_the_answer_s_opening_or_end_is_refused(make_tokenizer: Callable[..., Path]) -> None:
@@ -116,17 +117,17 @@ def test_a_template_without_the_answer_s_opening_or_end_is_refused(make_tokenize
 
 def test_text_of_a_response_never_becomes_a_special_token(chatml: Path) -> None:
     tokenizer = ChatTokenizer(chatml)
-    assert tokenizer.encode_response("a<|im_end|>b") == [*b"a<|im_end|>b", 258]
+    assert response_ids(tokenizer, "a<|im_end|>b") == [*b"a<|im_end|>b", 258]
     # and the rendered prompt, encoded after it, still has its own
-    assert tokenizer.encode_prompt(HI)[0] == 257
+    assert prompt_ids(tokenizer, HI)[0] == 257
 
 
 def test_merged_tokens_and_odd_characters_come_back(make_tokenizer: Callable[..., Path]) -> None:
     folder = make_tokenizer("merged", CHAT, ("<|e|>",), eos="<|e|>", merges=[("H", "i"), ("Hi", "t")])
     tokenizer = ChatTokenizer(folder)
-    assert tokenizer.encode_response("Hit Hi") == [257, 32, 256, 258]
+    assert response_ids(tokenizer, "Hit Hi") == [257, 32, 256, 258]
     for text in ("naïve 🙂 \u200b\r\n\t 中文", "  spaced  "):
-        assert tokenizer.decode(tokenizer.encode_response(text)) == text
+        assert tokenizer.decode(response_ids(tokenizer, text)) == text
 
 
 def test_stop_ids_fall_back_to_the_model_config(chatml: Path) -> None:
@@ -143,7 +144,7 @@ def test_reward_model_renders_text_with_its_own_template_and_ids(
     template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|e|>{% endfor %}"
     folder = make_tokenizer("reward", template, ("<|b|>", "<|e|>"), bos="<|b|>", eos="<|e|>", merges=[("H", "i")])
     policy, reward = ChatTokenizer(chatml), RewardTokenizer(folder)
-    response = policy.decode(policy.encode_response("Hi you"))
+    response = policy.decode(response_ids(policy, "Hi you"))
     assert response == "Hi you"
     # one BOS, though this tokenizer adds one by itself; "Hi" is one token here (256)
     assert reward.render_for_reward(HI, response) == [257, *b"[user]", 256, 258, *b"[assistant]", 256, *b" you", 258]
@@ -165,7 +166,7 @@ def test_a_refused_conversation_says_why(make_tokenizer: Callable[..., Path]) ->
     )
     tokenizer = ChatTokenizer(make_tokenizer("gemma", template, ("<|e|>",), eos="<|e|>"))
     with pytest.raises(TemplateRefusal, match="System role not supported"):
-        tokenizer.encode_prompt(TURNS)
+        prompt_ids(tokenizer, TURNS)
 
 
 def test_digests_follow_the_files(llama3: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,10 @@ from toolkit.exchange.run import Run
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["data.max_pairs=384", "data.heldout_prompts=24", "trainer.checkpoint_steps=2"]
+PATIENCE = 900.0  # seconds that anything here may take on a busy machine
 
 
-def metaapo(*arguments: str, timeout: float = 400, check: bool = True) -> subprocess.CompletedProcess[str]:
+def metaapo(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end."""
     done = subprocess.run(
         [sys.executable, "-m", "toolkit.cli", *arguments],
@@ -27,7 +31,7 @@ def metaapo(*arguments: str, timeout: float = 400, check: bool = True) -> subpro
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=PATIENCE,
         check=False,
     )
     if check and done.returncode:
@@ -35,21 +39,8 @@ def metaapo(*arguments: str, timeout: float = 400, check: bool = True) -> subpro
     return done
 
 
-def background(*arguments: str) -> subprocess.Popen[str]:
-    """The command line, left running."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "toolkit.cli", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_until(true: Callable[[], object], timeout: float = 200, every: float = 0.05) -> None:
-    deadline = time.monotonic() + timeout
+def wait_until(true: Callable[[], object], every: float = 0.05) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(every)
@@ -65,23 +56,74 @@ def weight_digests(run: Run, version: int) -> dict[str, str]:
 def toy_world() -> Path:
     """The toy world that the quickstart makes, made here if it is not there yet."""
     folder = ROOT / "toy-world"
-    subprocess.run([sys.executable, "tools/toy_world.py", "--output", str(folder)], cwd=ROOT, check=True, timeout=600)
+    subprocess.run(
+        [sys.executable, "tools/toy_world.py", "--output", str(folder)], cwd=ROOT, check=True, timeout=PATIENCE
+    )
     return folder
 
 
 @pytest.fixture
 def no_leftovers(tmp_path: Path) -> Iterator[None]:
-    """No process of an attempt of this test's runs is left when it ends."""
+    """No process of an attempt of this test's runs is left when it ends. What is left is killed, for the sake of the next tests."""
     yield
-    left = [path for path in Path("/proc").iterdir() if path.name.isdigit() and _belongs(path, tmp_path)]
-    assert not left, [(path / "cmdline").read_bytes() for path in left]
+    found = left = _processes(tmp_path)
+    while left:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+        left = _processes(tmp_path)
+    assert not found
 
 
-def _belongs(process: Path, folder: Path) -> bool:
-    try:
-        return f"PYTHONPATH={folder}".encode() in (process / "environ").read_bytes()
-    except OSError:
-        return False
+def _processes(folder: Path) -> dict[int, bytes]:
+    """Command lines by process id."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"PYTHONPATH={folder}".encode() in (path / "environ").read_bytes():
+                found[int(path.name)] = (path / "cmdline").read_bytes()
+    return found
+
+
+@dataclass
+class Background:
+    """A command line that is left running."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait(self) -> int:
+        """Its exit status."""
+        return self.process.wait(PATIENCE)
+
+
+@pytest.fixture
+def background(tmp_path: Path, no_leftovers: None) -> Iterator[Callable[..., Background]]:
+    """Starts command lines; those that still run when the test ends are killed."""
+    started: list[Background] = []
+
+    def start(*arguments: str) -> Background:
+        log = tmp_path / f"output-{len(started)}"  # a pipe that nobody reads would block it at 64 KiB
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "toolkit.cli", *arguments],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        started.append(Background(process, log))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.process.kill()
+        command.process.wait()
 
 
 @pytest.fixture(scope="session")

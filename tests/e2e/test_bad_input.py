@@ -150,7 +150,7 @@ def test_a_dry_run_starts_and_writes_nothing(quickstart: list[str], tmp_path: Pa
 @pytest.mark.skipif(os.getuid() != 0, reason="giving a directory to another user needs root")
 def test_another_users_run_is_read_but_not_acted_for(finished_run: Run, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(finished_run.root, copy, ignore=shutil.ignore_patterns("logs", "code", "checkpoints"))
+    shutil.copytree(finished_run.root, copy, ignore=shutil.ignore_patterns("logs", "code"))
     os.chown(copy, 65534, 65534)
     for verb in ("tick", "cancel", "resume"):
         message = refused(verb, str(copy))

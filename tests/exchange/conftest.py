@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,23 @@ def script(source: str, *arguments: object, prefix: tuple[str, ...] = ()) -> sub
     )
 
 
-def answer(process: subprocess.Popen[str], timeout: float = 60) -> str:
+def answer(process: subprocess.Popen[str], timeout: float = 300) -> str:
     """What a script printed; it must have ended well."""
-    output, errors = process.communicate(timeout=timeout)
-    assert process.returncode == 0, errors
-    return output.strip()
+    return answers([process], timeout)[0]
+
+
+def answers(processes: Sequence[subprocess.Popen[str]], timeout: float = 300) -> list[str]:
+    """What scripts that run side by side printed; they must have ended well. If one has not, none is left."""
+    found = []
+    try:
+        for process in processes:
+            output, errors = process.communicate(timeout=timeout)
+            assert process.returncode == 0, errors
+            found.append(output.strip())
+    finally:
+        for process in processes:
+            process.kill()
+    return found
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.exchange import hints, jobs, layout
+from toolkit.errors import UserError
+from toolkit.exchange import filesystem, hints, jobs, layout
 from toolkit.exchange.jobs import Heartbeat, Observer
 from toolkit.exchange.run import Run
 
@@ -50,6 +51,25 @@ def test_a_process_name_with_blanks_and_brackets_is_no_trouble(tmp_path: Path) -
         for child in children:
             child.kill()
             child.wait()
+
+
+def test_a_heart_beats_on_once_the_disk_has_room_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    full, real = [True], filesystem.write
+
+    def write(path: Path, data: bytes) -> None:
+        if full[0]:
+            raise UserError("cannot write: No space left on device")
+        real(path, data)
+
+    monkeypatch.setattr(filesystem, "write", write)
+    Heartbeat(run.root, "trainer", "a").start(0.01)
+    time.sleep(0.1)
+    full[0] = False
+    deadline = time.monotonic() + 20
+    while (beat := jobs.last_beat(run.root, "trainer")) is None:
+        assert time.monotonic() < deadline, "its thread is dead"
+        time.sleep(0.01)
+    assert beat[1] > 1
 
 
 def test_the_newest_attempt_that_started(run: Run) -> None:

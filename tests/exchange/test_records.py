@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from tests.exchange.conftest import make_config
 from toolkit.errors import UserError
-from toolkit.exchange import layout, tables
+from toolkit.exchange import filesystem, layout, tables
 from toolkit.exchange.records import Corrupt, File, Manifest, Records, Superseded, check, decode
 from toolkit.exchange.run import Run
 
@@ -115,7 +117,7 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(data)
 
 
-def test_every_flipped_bit_of_a_data_file_is_found(published: Manifest) -> None:
+def test_a_flipped_bit_of_a_data_file_is_found(published: Manifest) -> None:
     entry = published.file(".parquet")
     path = published.directory / entry.path
     for offset in range(0, entry.bytes, max(1, entry.bytes // 40)):
@@ -235,11 +237,24 @@ def test_a_tombstone_says_why_and_stands(records: Records, published: Manifest) 
 
 def test_a_consumed_record_is_made_again_only_to_the_same_bytes(records: Records, published: Manifest) -> None:
     condemn(records, published, [entry.digest for entry in published.files])
-    with pytest.raises(UserError, match=r"other bytes.*metaapo explain"):
+    with pytest.raises(UserError, match=r"other bytes.*metaapo launch"):
         records.publish(REF, {}, table=rows(True, True), blobs={".bin": b"blob"})
     assert records.find(REF) is None
     again, won = records.publish(REF, {}, table=rows(True, False), blobs={".bin": b"blob"})
     assert won and again.generation == 1
+
+
+def test_a_block_that_cannot_be_read_is_damage(published: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest(path: Path) -> str:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(filesystem, "digest", digest)
+    code = errno.EIO
+    with pytest.raises(Corrupt, match="cannot be read: Input/output error"):
+        check(published, published.files[0])
+    code = errno.EACCES
+    with pytest.raises(PermissionError):
+        check(published, published.files[0])
 
 
 # ---------------------------------------------------------------------------------------------- who may publish

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from tests.exchange.conftest import make_config
 from toolkit.errors import UserError
 from toolkit.exchange import layout, lineage, reports, retention
 from toolkit.exchange.lineage import Progress
@@ -137,6 +139,70 @@ def test_a_consumed_record_whose_manifest_is_damaged_cannot_be_proven_equal(run:
     condemn_reported(run)
     with pytest.raises(UserError, match="other bytes"):
         make(run)
+
+
+@pytest.mark.parametrize(
+    ("ref", "made"),
+    [
+        (layout.PAIRS, layout.policy(0)),
+        (layout.policy(1), layout.evaluation(1)),
+        (layout.policy(1), layout.responses(1, 300)),
+        (layout.logprobs("policy-0000", "offline", 1, 3), layout.requests(1, 3)),
+        (layout.logprobs("policy-0001", "offline", 1, 3), layout.statistics(1)),
+        (layout.annotations(1, 3), layout.logprobs("policy-0000", "online", 1, 3)),
+    ],
+)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_others_were_made_from_comes_back_only_with_the_same_bytes(
+    tmp_path: Path, ref: Ref, made: Ref, is_there: bool
+) -> None:
+    run = Run.create(tmp_path, make_config(tmp_path), "test")
+    damage(make(run, ref))
+    for shard in (2, 4):  # of others
+        make(run, layout.requests(1, shard))
+        make(run, layout.logprobs("policy-0000", "online", 1, shard))
+    make(run, layout.responses(2, 3))
+    if is_there:
+        make(run, made)
+    meet(run, ref)
+    condemn_reported(run)
+    if is_there:
+        with pytest.raises(UserError, match="other bytes"):
+            make(run, ref, b"other content")
+        assert make(run, ref).generation == 1
+    else:
+        assert make(run, ref, b"other content").generation == 1
+
+
+def checkpoints(run: Run, count: int) -> list[Manifest]:
+    """Checkpoints, the first of which consumed `REF`."""
+    first = make(run)
+    consume(run, first)
+    for number in range(1, count):
+        parent = lineage.newest(run.records)
+        lineage.publish(run.records, parent, Progress(number + 1, 1, 0), {}, number, [], {})
+    return lineage.chain(run.records)
+
+
+def test_a_damaged_manifest_of_the_newest_checkpoint_is_condemned(run: Run) -> None:
+    first, second = checkpoints(run, 2)
+    second.path.write_bytes(second.path.read_bytes()[:-5])
+    meet(run, second.ref)
+    assert len(condemn_reported(run)) == 1
+    assert lineage.newest(run.records) == first
+
+
+def test_damage_in_the_way_of_a_judgement_comes_first(run: Run) -> None:
+    """What is to become of a record is written in the newest checkpoint, which is damaged too: nobody had met it yet."""
+    first, second = checkpoints(run, 2)
+    damage(run.records.require(REF))
+    second.path.write_bytes(b"{}")
+    meet(run)
+    assert condemn_reported(run) == [] and len(notes(run)) == 2
+    assert [line.partition(":")[0] for line in condemn_reported(run)] == [str(second.ref), str(REF)]
+    assert notes(run) == [] and lineage.newest(run.records) == first
+    with pytest.raises(UserError, match="other bytes"):
+        make(run, content=b"other annotations")
 
 
 def test_two_ticks_condemn_once(run: Run) -> None:

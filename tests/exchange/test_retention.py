@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_nothing_is_removed_before_it_was_announced_for_the_grace_period(run: Ru
     assert collect_garbage(run) == []
     assert kept(run, "checkpoints") == [0, 1, 2, 3, 4]
     assert [number for number in range(5) if is_deleted(run, layout.checkpoint(number))] == [0, 1, 2]
-    grace.passed = run.config.retention.grace - 10
+    grace.passed = run.config.retention.grace / 2
     assert collect_garbage(run) == [] and kept(run, "checkpoints") == [0, 1, 2, 3, 4]
     grace.passed = run.config.retention.grace
     assert sorted(collect_garbage(run)) == [f"checkpoints/00000{number}" for number in range(3)]
@@ -89,10 +90,10 @@ def test_the_record_is_there_before_the_files_go(tmp_path: Path, monkeypatch: py
     announced = []
     real = retention._remove
 
-    def remove(root: Path, directory: Path) -> None:
+    def remove(root: Path, directory: Path) -> bool:
         number = int(directory.name.partition(".")[0])
         announced.append(is_deleted(run, layout.checkpoint(number)))
-        real(root, directory)
+        return real(root, directory)
 
     monkeypatch.setattr(retention, "_remove", remove)
     collect_garbage(run)
@@ -108,7 +109,7 @@ def test_a_removal_that_was_interrupted_is_ended_later(
     grace.passed = 1e6
     real, removed = retention.shutil.rmtree, []
 
-    def remove(path: Path) -> None:
+    def remove(path: Path, ignore_errors: bool) -> None:
         if dies == "inside-the-first":
             next(Path(path).iterdir()).unlink()
         if dies == "inside-the-first" or removed:
@@ -172,7 +173,7 @@ def test_what_dead_and_beaten_attempts_left_is_removed(run: Run, grace: Grace) -
             left.append(other.records.stage(ref))
     (run.root / "checkpoints" / "foreign").mkdir()
     collect_garbage(run)
-    grace.passed = run.config.retention.grace - 10
+    grace.passed = run.config.retention.grace / 2
     assert collect_garbage(run) == [] and all(directory.is_dir() for directory in left)
     grace.passed = run.config.retention.grace
     removed = collect_garbage(run)
@@ -187,6 +188,62 @@ def test_what_dead_and_beaten_attempts_left_is_removed(run: Run, grace: Grace) -
     check(lineage.chain(run.records)[0], lineage.chain(run.records)[0].files[0])
     train_on = lineage.publish(run.records, lineage.newest(run.records), Progress(1, 0, 0), {}, 0, [], {})
     assert collect_garbage(run) == [], f"{train_on.ref} has no files: nothing tells whose directory is whose"
+
+
+def trainer(run: Run, number: int) -> Run:
+    """The run as a trainer's next attempt sees it, which has started."""
+    attempt = f"attempt{number}"
+    run.records.publish(layout.job("trainer", number, "intent"), {"attempt": attempt})
+    run.records.publish(layout.job("trainer", number, "start"), {"kind": "started"})
+    return Run.open(run.root, attempt)
+
+
+def test_what_an_attempt_staged_goes_once_it_is_over(run: Run, grace: Grace) -> None:
+    """Else killed saves of one number would pile up at full size until somebody took the number."""
+    first = trainer(run, 0)
+    left = [first.records.stage(ref) for ref in (layout.checkpoint(0), layout.policy(0))]
+    collect_garbage(run)
+    grace.passed = 1e6
+    assert collect_garbage(run) == [] and all(path.is_dir() for path in left), "it may still publish"
+    second = trainer(run, 1)
+    mine = second.records.stage(layout.checkpoint(0))
+    collect_garbage(run)
+    grace.passed = 2e6
+    assert len(collect_garbage(run)) == 2 and not any(path.exists() for path in left)
+    assert mine.is_dir()
+    run.records.publish(layout.job("trainer", 1, "end"), {"outcome": "died"})
+    collect_garbage(run)
+    grace.passed = 3e6
+    collect_garbage(run)
+    assert not mine.exists()
+
+
+def test_what_cannot_be_removed_now_is_removed_later(run: Run, grace: Grace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS a file that is still open keeps its directory from going."""
+    train(run, checkpoints=4)
+    collect_garbage(run)
+    grace.passed = 1e6
+
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retention.os, "rmdir", busy)
+        assert collect_garbage(run) == []
+    assert len(collect_garbage(run)) == 2 and directories(run, "checkpoints") == [2, 3]
+
+
+def test_a_file_that_cannot_be_swept_stops_nobody(run: Run, grace: Grace, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run.root / ".status.json.0123456789ab").touch()
+    grace.passed = 1e6
+
+    def stale(self: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filesystem.Path, "unlink", stale)
+        assert swept(run) == []
+    assert swept(run) == [".status.json.0123456789ab"]
 
 
 def test_a_condemned_checkpoint_holds_up_nothing(run: Run, grace: Grace) -> None:
@@ -257,7 +314,7 @@ def test_files_that_no_record_can_name_any_more_are_removed(
     condemned = run.records.require(again)
     run.records.condemn(condemned.path, again, "damaged", "?", None)
     killed(run, monkeypatch, again, "dead")  # generation 1
-    grace.passed = run.config.retention.grace - 10
+    grace.passed = run.config.retention.grace / 2
     assert swept(run) == []
     grace.passed = run.config.retention.grace + 10
     removed = swept(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import stat
 from pathlib import Path
 
@@ -139,6 +140,17 @@ def test_a_run_that_evaluates_nothing_is_complete_without_evaluations(tmp_path: 
         run.records.publish(layout.policy(version), {})
     run.records.publish(layout.phi(len(run.plan.boundaries)), {})
     assert run.is_complete()
+
+
+def test_a_run_of_another_version_names_its_own_copy(run: Run) -> None:
+    run.records.publish(layout.operations(1), run.records.require(layout.operations(0)).attributes | {"olden": 1})
+    with pytest.raises(UserError, match=r"another version of the toolkit.*'olden'.*none is there"):
+        _ = Run.open(run.root).config
+    for name in ("0a", "0b", ".partial"):
+        (run.root / "code" / name).mkdir(parents=True)
+    os.utime(run.root / "code/0b", (0, 0))
+    with pytest.raises(UserError, match=f"PYTHONPATH={run.root}/code/0a python -m toolkit.cli"):
+        _ = Run.open(run.root).config
 
 
 def test_differences_name_dotted_keys() -> None:

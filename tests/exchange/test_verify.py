@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ import pytest
 
 from tests.sidecar.conftest import SHARDS, Trainer, make_run
 from toolkit.algorithms.draws import sample_seed
+from toolkit.errors import UserError
 from toolkit.exchange import layout, lineage, tables
 from toolkit.exchange.lineage import Progress
-from toolkit.exchange.records import Ref
+from toolkit.exchange.records import Corrupt, File, Ref
+from toolkit.exchange.reports import condemn_reported, report
 from toolkit.exchange.run import Run
 from toolkit.exchange.verify import verify
 from toolkit.sidecar.pending import Pending
+
+# What the training of round 1, shard 0, reads.
+NEEDED = (layout.logprobs("policy-0001", "offline", 1, 0), layout.requests(1, 0), layout.annotations(1, 0))
 
 
 class Story:
@@ -94,7 +100,7 @@ def test_a_sound_run_is_clean_and_counted(story: Story) -> None:
     story.begin()
     story.decide()
     story.answer(tokens=9)
-    story.consume(layout.requests(1, 0), layout.annotations(1, 0), layout.phi(0))
+    story.consume(*NEEDED, layout.phi(0))
     story.checkpoint(4, 1)
     found = verify(Run.open(story.run.root))
     assert found.problems == [] and found.clean
@@ -127,6 +133,39 @@ def test_a_flipped_byte_a_cut_and_a_missing_file_are_named(story: Story) -> None
     assert story.problems() == []
 
 
+def test_what_a_reader_may_not_read_is_a_note(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's run that is shared: checkpoints are their owner's alone (they are read with pickle)."""
+    story.begin()
+    stage = story.run.records.stage(layout.checkpoint(1), private=True)
+    entries = []
+    for name in ("a", "b"):
+        (stage / name).write_bytes(b"0")
+        entries.append(File(f"{stage.name}/{name}", 1, hashlib.sha256(b"0").hexdigest()))
+    lineage.publish(story.run.records, story.parent, Progress(2, 1, 0), {}, 2, entries, {})
+    stat = Path.stat
+
+    def refuse(self: Path, **options: Any) -> Any:
+        if self.parent == stage:
+            raise PermissionError(13, "Permission denied")
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    found = verify(Run.open(story.run.root))
+    assert found.clean
+    assert [note for note in found.notes if "not examined" in note] == [
+        "checkpoints: their owner's alone; the bytes there were not examined"
+    ]
+
+
+def test_damage_of_what_is_announced_to_go_is_none(story: Story) -> None:
+    story.begin()
+    manifest = story.run.records.require(layout.logprobs("policy-0001", "offline", 1, 1))
+    (manifest.directory / manifest.files[0].path).unlink()
+    assert story.problems() != []
+    story.run.records.publish(layout.deletion(str(manifest.ref)), {})
+    assert story.problems() == []
+
+
 def test_a_copy_and_a_newer_record_are_named(story: Story) -> None:
     story.begin()
     story.decide()
@@ -144,7 +183,8 @@ def test_a_copy_and_a_newer_record_are_named(story: Story) -> None:
 def test_a_record_that_a_checkpoint_consumed_must_be_there_and_be_the_same(story: Story) -> None:
     story.begin()
     story.decide()
-    story.consume(layout.requests(1, 0))
+    story.answer(tokens=9)
+    story.consume(*NEEDED)
     story.checkpoint(4, 1)
     assert story.problems() == []
     directory = story.run.records.require(layout.requests(1, 0)).directory
@@ -158,7 +198,37 @@ def test_a_record_that_a_checkpoint_consumed_must_be_there_and_be_the_same(story
 def test_a_gap_in_the_steps_is_named(story: Story) -> None:
     story.begin()
     story.checkpoint(5, 1, first=3)
-    only(story.problems(), "checkpoints/000001: covers steps 3 to 5, expected from 2")
+    assert "checkpoints/000001: covers steps 3 to 5, expected from 2" in story.problems()
+
+
+def test_training_consumed_what_it_claims_to_have_trained(story: Story) -> None:
+    story.begin()
+    story.decide()
+    story.checkpoint(4, 1)  # both batches of round 1's first shard, without its records
+    expected = [f"{ref}: no checkpoint consumed it, though its shard was trained" for ref in NEEDED]
+    assert story.problems() == expected
+    story.answer(tokens=9)
+    story.consume(*NEEDED)
+    story.checkpoint(4, 1)
+    assert story.problems() == []
+
+
+def test_a_policy_made_again_to_the_same_bytes_is_the_same(story: Story) -> None:
+    story.policy(0)
+    story.checkpoint(2, 1)
+    source = {"version": 1, "source": {"checkpoint": story.parent.digest}}
+    first, _ = story.run.records.publish(layout.policy(1), source, blobs={".bin": b"weights"})
+    story.trainer.score(1, *SHARDS)
+    story.decide()
+    story.answer(tokens=9)
+    story.run.records.publish(layout.evaluation(1), {"policy": first.digest})
+    (first.directory / first.files[0].path).write_bytes(b"Weights")
+    report(story.run, Corrupt(first.path, "its digest"))
+    assert condemn_reported(story.run) != []
+    with pytest.raises(UserError, match="other bytes"):
+        story.run.records.publish(layout.policy(1), source, blobs={".bin": b"other weights"})
+    again, _ = story.run.records.publish(layout.policy(1), source, blobs={".bin": b"weights"})
+    assert again.digest != first.digest and story.problems() == []
 
 
 def test_a_policy_of_the_wrong_moment_is_named(story: Story) -> None:
@@ -209,9 +279,42 @@ def test_a_forged_decision_is_found(story: Story, column: str) -> None:
     forged = {"sampled": not rows[0]["sampled"], "w_gate": rows[0]["w_gate"] + 0.01, "u": 0.123, "pair_id": "other"}
     rows[0][column] = forged[column]
     table = pa.Table.from_pylist(rows, tables.REQUESTS)
-    story.run.records.publish(layout.requests(1, 1), {"sampled": 1, "phi": 0}, table=table)
+    asked = sum(row["sampled"] for row in rows)
+    story.run.records.publish(layout.requests(1, 1), {"sampled": asked, "phi": 0}, table=table)
     story.decide()
     only(story.problems(), "rounds/001/requests/000/000001")
+
+
+@pytest.mark.parametrize("forged", [{"sampled": 0}, {"phi": 99}])
+def test_decisions_that_state_something_else_than_their_rows_are_found(story: Story, forged: dict[str, int]) -> None:
+    """The trainer goes by what is stated: with nothing asked for it would leave the online half out."""
+    story.begin()
+    honest = Story(story.run.root.parent / "honest")
+    honest.begin()
+    honest.decide()
+    manifest = honest.run.records.require(layout.requests(1, 0))
+    assert manifest.attributes["sampled"] > 0
+    table = honest.run.records.table(manifest)
+    story.run.records.publish(layout.requests(1, 0), manifest.attributes | forged, table=table)
+    story.decide()
+    only(story.problems(), "rounds/001/requests/000/000000: states", str(forged)[1:-1])
+
+
+def test_decisions_about_other_pairs_are_found(story: Story) -> None:
+    """Their scores may be of the same other pairs."""
+    story.policy(0)
+    story.checkpoint(2, 1)
+    story.policy(1)
+    for name in ("policy-0001", "policy-0000"):
+        story.trainer.score(1, *SHARDS, weights=(name,))
+        ref = layout.logprobs(name, "offline", 1, 0)
+        table = story.run.records.table(story.run.records.require(ref))
+        ids = pa.array([f"x{row}" for row in range(table.num_rows)])
+        for path in story.run.records.require(ref).directory.glob("000000.*"):
+            path.unlink()
+        story.run.records.publish(ref, {}, table=table.set_column(0, "pair_id", ids))
+    story.decide()
+    only(story.problems(), "rounds/001/requests/000/000000: its pairs are not those of its shard")
 
 
 def test_forged_statistics_are_found(story: Story) -> None:

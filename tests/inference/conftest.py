@@ -69,7 +69,7 @@ class Model:
     @property
     def probes(self) -> list[Probe]:
         sequences = [([5, 6, 7, 8], [9, 10, 11, 2]), (list(range(20, 60)), list(range(60, 90)))]
-        return [Probe(prompt, response, self.logprob(prompt, response)) for prompt, response in sequences]
+        return [Probe(prompt, response, self.logprob(prompt, response), "float32") for prompt, response in sequences]
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from toolkit.exchange.tables import EVALUATION, HELDOUT
 from toolkit.inference.engine import PolicyEngine, RewardEngine
 from toolkit.inference.evaluation import Metric, evaluate_policy, load_metric
 from toolkit.inference.settings import SamplingSettings
-from toolkit.inference.summary import summarise
+from toolkit.reporting.evaluation import summarise
 
 SETTINGS = SamplingSettings(samples=8, max_new_tokens=16)
 PROMPTS = {"p": [3, 4, 5], "long": [5] * CONTEXT, "q": [6, 7]}

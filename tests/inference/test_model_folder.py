@@ -50,6 +50,18 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
         tensor_shapes(folder(tmp_path))
 
 
+def test_a_filesystem_that_fails_is_not_the_folders_fault(tmp_path: Path) -> None:
+    """It is the node's: a UserError would end the run."""
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        check_reward_model(tmp_path)
+    (tmp_path / "other").mkdir()
+    made = folder(tmp_path / "other")
+    (made / "model.safetensors").mkdir()
+    with pytest.raises(OSError, match="os error"):
+        tensor_shapes(made)
+
+
 def test_differences_are_named() -> None:
     expected = {"a": (2, 3), "b": (4,), "c": (5,)}
     check_same_tensors(Path("new"), dict(expected), expected)

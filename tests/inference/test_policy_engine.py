@@ -5,16 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.inference.conftest import CONTEXT, EOS, SETTINGS, VOCABULARY, Model
+from tests.inference.conftest import CONTEXT, EOS, VOCABULARY, Model
 from tests.inference.engine_process import listening
 from toolkit.errors import UserError
-from toolkit.inference.engine import PolicyEngine, Probe, Rejected
+from toolkit.inference.engine import PolicyEngine, Probe, Rejected, is_nodes_fault, tolerance
 from toolkit.inference.settings import SamplingSettings
 
 FREE = SamplingSettings(samples=2, max_new_tokens=24)
@@ -36,7 +37,7 @@ def assert_is(engine: PolicyEngine, model: Model) -> None:
 
 def test_logprobs_are_those_of_transformers(policy: PolicyEngine, first: Model) -> None:
     sequences = [[5, 6, 7, 8, 9], PROMPTS[0], list(range(VOCABULARY))]
-    found = policy.logprobs(sequences, [2, 100, 1])
+    found = policy._logprobs(sequences, [2, 100, 1])
     expected = [first.logprob(ids[:n], ids[n:]) for ids, n in zip(sequences, [2, 100, 1], strict=True)]
     assert found == pytest.approx(expected, abs=1e-4)
 
@@ -104,7 +105,7 @@ def test_a_reload_replaces_weights_and_cached_prefixes(policy: PolicyEngine, fir
 
 
 def test_probes_tell_another_version(policy: PolicyEngine, first: Model, second: Model) -> None:
-    with pytest.raises(UserError, match=r"second.*Probe 0: expected a summed log-prob of -\d.*, got -\d"):
+    with pytest.raises(RuntimeError, match=r"second.*Probe 0: expected a sum of -\d.*, got -\d"):
         policy.load(second.folder, first.probes)
     with pytest.raises(RuntimeError, match="no policy is loaded"):
         policy.sample([[3, 4]], [[1]], FREE, [])
@@ -113,7 +114,7 @@ def test_probes_tell_another_version(policy: PolicyEngine, first: Model, second:
 
 
 def test_a_policy_needs_a_probe_that_fits(policy: PolicyEngine, first: Model) -> None:
-    too_long = Probe([5] * 200, [6] * 56, 0.0)
+    too_long = Probe([5] * 200, [6] * 56, 0.0, "float32")
     with pytest.raises(UserError, match="none of its 1 probe"):
         policy.load(first.folder, [too_long])
     with pytest.raises(UserError, match="none of its 0 probe"):
@@ -137,16 +138,17 @@ def edit(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path]
 
 NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
 FAULTS = {
-    "no file": (lambda folder: (folder / "model.safetensors").unlink(), "cannot read the weights"),
-    "truncated": (truncate, "cannot read the weights"),
-    "missing tensor": (edit(lambda tensors: tensors.pop(DOWN)), f"1 missing: {DOWN}"),
-    "unknown tensor": (edit(lambda tensors: tensors.update(x=torch.zeros(1))), "1 unknown: x"),
+    "no file": (lambda folder: (folder / "model.safetensors").unlink(), UserError, "cannot read the weights"),
+    "truncated": (truncate, UserError, "cannot read the weights"),
+    "missing tensor": (edit(lambda tensors: tensors.pop(DOWN)), UserError, f"1 missing: {DOWN}"),
+    "unknown tensor": (edit(lambda tensors: tensors.update(x=torch.zeros(1))), UserError, "1 unknown: x"),
     "other shape": (
         edit(lambda tensors: tensors.update({NORM: torch.ones(32)})),
+        UserError,
         "model.norm.weight .32,., expected .64,.",
     ),
-    "one damaged value": (edit(lambda tensors: tensors[DOWN][3].mul_(1.5)), "Probe 0: expected"),
-    "not finite": (edit(lambda tensors: tensors[NORM].fill_(float("nan"))), "got nan"),
+    "one damaged value": (edit(lambda tensors: tensors[DOWN][3].mul_(1.5)), RuntimeError, "Probe 0: expected"),
+    "not finite": (edit(lambda tensors: tensors[NORM].fill_(float("nan"))), RuntimeError, "got nan"),
 }
 
 
@@ -154,10 +156,10 @@ FAULTS = {
 def test_broken_weights_are_refused_and_good_ones_load_afterwards(
     policy: PolicyEngine, second: Model, tmp_path: Path, fault: str
 ) -> None:
-    damage, message = FAULTS[fault]
+    damage, error, message = FAULTS[fault]
     shutil.copytree(second.folder, tmp_path / "policy")
     damage(tmp_path / "policy")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(error, match=message):
         policy.load(tmp_path / "policy", second.probes)
     policy.load(second.folder, second.probes)
     assert_is(policy, second)
@@ -178,10 +180,62 @@ def test_the_engines_listen_to_this_machine_only(pool: ProcessPoolExecutor, poli
     assert set(pool.submit(listening).result()) <= {"127.0.0.1", "::1"}
 
 
-def test_settings_name_what_is_wrong() -> None:
-    with pytest.raises(UserError, match=r"unknown dtype.*'fp32'.*float32"):
-        type(SETTINGS)(dtype="fp32", max_model_len=10)
-    with pytest.raises(UserError, match=r"tensor_parallel.*above 0.*0"):
-        type(SETTINGS)(dtype="auto", max_model_len=10, tensor_parallel=0)
-    with pytest.raises(UserError, match="top_p"):
-        SamplingSettings(top_p=1.5)
+# ---------------------------------------------------------------------------------------------- how far apart is the same
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "tokens", "on_cpu", "noise"),
+    [
+        ({"float32"}, 64, True, 64 * 4e-6),  # measured, per token
+        ({"float32", "bfloat16"}, 3, True, 0.004),  # measured: an fp32 engine with the policy of a bf16 trainer
+        ({"bfloat16"}, 2, True, 0.5),  # bf16 logits of 16 to 32 are 0.125 apart
+        ({"bfloat16"}, 200, False, 0.0135 * 200**0.5),
+        ({"float32"}, 64, False, 1e-3 * 64**0.5),  # TF32: attention rounds to 10 bits
+    ],
+)
+def test_the_tolerance_leaves_room_for_rounding(dtypes: set[str], tokens: int, on_cpu: bool, noise: float) -> None:
+    assert noise < tolerance(dtypes, tokens, on_cpu)
+
+
+def test_the_tolerance_is_no_wider_than_precision_and_length_ask() -> None:
+    assert tolerance({"float32"}, 100, True) < 1e-3
+    assert tolerance({"float32"}, 100, False) < 0.1
+    assert tolerance({"bfloat16"}, 200, False) < 2.0  # a stale policy is off by more over a response of median length
+    assert tolerance({"bfloat16"}, 400, True) < 2 * tolerance({"bfloat16"}, 100, True)
+
+
+def test_the_probes_of_a_bf16_trainer_prove_an_fp32_engine_and_tell_another_policy(
+    policy: PolicyEngine, first: Model, second: Model
+) -> None:
+    first_probes, second_probes = ([replace(p, dtype="bfloat16") for p in model.probes] for model in (first, second))
+    policy.load(first.folder, [replace(p, logprob=p.logprob + 0.1) for p in first_probes])
+    with pytest.raises(RuntimeError, match="did not take the weights"):
+        policy.load(first.folder, second_probes)
+
+
+# ---------------------------------------------------------------------------------------------- whose fault a failure is
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("Free memory on device cuda:0 (3.1/79.1 GiB) on startup is less than desired"), True),
+        (OSError(5, "Input/output error"), True),
+        (ValueError("To serve at least one request, more KV cache is needed"), False),
+        (OSError("Can't load tokenizer for 'x'"), False),
+    ],
+)
+def test_a_start_that_another_node_could_make_is_not_refused(error: Exception, expected: bool) -> None:
+    assert is_nodes_fault(error) is expected
+
+
+def test_a_disk_that_fails_during_a_reload_is_not_the_policys_fault(
+    policy: PolicyEngine, second: Model, tmp_path: Path
+) -> None:
+    shutil.copytree(second.folder, tmp_path / "policy")
+    (
+        tmp_path / "policy" / "extra.safetensors"
+    ).mkdir()  # cannot be read; beside the good file, so only vLLM looks at it
+    with pytest.raises(OSError, match="os error"):
+        policy.load(tmp_path / "policy", second.probes)
+    policy.load(second.folder, second.probes)

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.exchange.conftest import make_config, publish_pairs, run
 from toolkit.config import Config
@@ -33,11 +35,13 @@ SHAPE = {
 }
 
 
+SHAPES: dict[str, tuple[int, ...]] = {"a": (10, 3), "b": (5,), "c": ()}
+
+
 def model_folder(path: Path, architecture: str = "LlamaForCausalLM", **description: Any) -> Path:
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"architectures": [architecture], **SHAPE, **description}))
-    header = json.dumps({"__metadata__": {}, "a": {"shape": [10, 3]}, "b": {"shape": [5]}, "c": {"shape": []}}).encode()
-    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(144))
+    save_file({name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}, path / "model.safetensors")
     (path / "tokenizer.json").write_text("{}")
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     return path
@@ -81,6 +85,7 @@ class MemoryAdapter:
     same_machine: bool = True
     submitted: list[JobSpec] = field(default_factory=list)
     killed: list[str] = field(default_factory=list)
+    words: dict[str, dict[str, str]] = field(default_factory=dict)  # what else it says of a job
 
     def submit(self, job: JobSpec) -> str:
         assert job.attempt not in self.jobs, "submitted twice"
@@ -89,7 +94,7 @@ class MemoryAdapter:
         return str(len(self.submitted))
 
     def look(self, attempts: Collection[str], since: float = 0.0) -> dict[str, Job]:
-        return {attempt: Job(self.jobs.get(attempt, State.GONE)) for attempt in attempts}
+        return {name: Job(self.jobs.get(name, State.GONE), **self.words.get(name, {})) for name in attempts}
 
     def room(self) -> int | None:
         return None
@@ -102,10 +107,10 @@ class MemoryAdapter:
     def newest(self, slot: str) -> JobSpec:
         return [job for job in self.submitted if job.slot == slot][-1]
 
-    def start(self, run: Run, slot: str) -> JobSpec:
+    def start(self, run: Run, slot: str, **facts: str) -> JobSpec:
         """The newest job of a slot starts on a node far away."""
         job = self.newest(slot)
-        facts = {"kind": "started", "job": job.attempt, "host": "n1", "boot_id": "b", "pid": 1, "process_start": "1"}
+        facts |= {"kind": "started", "job": job.attempt, "host": "n1", "boot_id": "b", "pid": 1, "process_start": "1"}
         manifest, _ = Run.open(run.root, job.attempt).records.publish(layout.job(slot, job.number, "start"), facts)
         self.jobs[job.attempt] = State.RUNNING if manifest.attempt == job.attempt else State.GONE
         return job

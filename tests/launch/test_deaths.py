@@ -6,7 +6,7 @@ from pathlib import Path
 
 from toolkit.exchange.records import Manifest, Ref
 from toolkit.launch.attempts import Attempt
-from toolkit.launch.deaths import AT_ONCE, MEMORY_OF_STRIKES, bad_nodes, by_kind, memory_words
+from toolkit.launch.deaths import AT_ONCE, CORNERED, MEMORY_OF_STRIKES, bad_nodes, by_kind, is_cornered, memory_words
 
 NOW = 1_000_000.0
 
@@ -52,6 +52,14 @@ def test_a_long_life_is_no_strike_and_an_old_one_is_forgotten() -> None:
 
 def test_several_nodes_at_once_tell_nothing() -> None:
     assert bad(attempt(0, "n[1-2]", **FAILED), attempt(1, "n[1-2]", **FAILED), attempt(2, "n3")) == ()
+
+
+def test_a_slot_that_found_no_other_node_avoids_none_for_an_hour() -> None:
+    intent = record("intent", attempt="a", incarnation=0)
+    voided = record("start", kind="voided", reason=CORNERED, death="withdrawn")
+    history = [attempt(0, "n1", **FAILED), Attempt("worker-000", 1, intent, voided, None)]
+    assert is_cornered(history, NOW) and not is_cornered(history, NOW + MEMORY_OF_STRIKES)
+    assert not is_cornered(history[:1], NOW)
 
 
 def test_deaths_are_counted_by_kind() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -53,6 +54,22 @@ def test_an_environment_that_has_all(world: World) -> None:
     one(tried(world, setup=setup, python=shell), "ok", "Python 3", "submitit 1.5.4", "torch 2")
 
 
+def test_it_starts_where_a_job_would(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the run's directory, not the caller's: there a relative path names nothing."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("env.sh").touch()
+    found = tried(world, setup=["source env.sh"])
+    assert [each.level for each in found] == ["warning", "ok"] and "env.sh" in found[0].message
+    Path("python").symlink_to(sys.executable)
+    one(tried(world, python="./python"), "fault", "exit status 127")
+
+
+def test_a_python_that_is_unsaid_or_no_command(world: World) -> None:
+    one(tried(world, python="", setup=["exit 4"]), "fault", f"{Path(sys.executable)} fails with exit status 4")
+    one(tried(world, python="'"), "fault", "cluster.sidecar.python is no command: No closing quotation: '")
+
+
 def test_on_this_machine_roles_start_without_setup(world: World) -> None:
     one(tried(world, kind="local", setup=["exit 3"]), "ok")
 
@@ -63,7 +80,9 @@ def test_on_this_machine_roles_start_without_setup(world: World) -> None:
         (
             without("torch"),
             "fault",
-            ["it lacks torch: pip install 'metaapo[trainer]' there, or set cluster.sidecar.python"],
+            [
+                "it lacks torch: pip install '.[trainer]' there, in a clone of this project, or set cluster.sidecar.python"
+            ],
         ),
         ("sys.version_info = (3, 9, 1)", "fault", ["Python 3.9.1; 3.11 or newer is needed"]),
         ("sys.exit(3)", "fault", ["fails with exit status 3; mend cluster.sidecar.python or setup"]),
@@ -125,8 +144,11 @@ def test_one_that_takes_for_ever_is_ended_with_its_children(tmp_path: Path) -> N
     mark = f"sleep 97.{int(time.time() * 1000)}"
     trial = attempt("sidecar", JobRequest(python=f"{mark} ; true"), ROOT, local=False, timeout=0.3)
     assert trial.status is None
-    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert mark.replace(" ", "\0").encode() not in b"\n".join(running)
+    wanted, running = mark.replace(" ", "\0").encode(), []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            running.append(path.read_bytes())
+    assert not any(wanted in line for line in running)
 
 
 def test_what_our_own_metadata_asks_for() -> None:

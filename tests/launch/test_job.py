@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import threading
@@ -59,6 +60,7 @@ def test_a_job_claims_its_start_plays_and_says_how_it_ended(trainer: Job) -> Non
         assert os.environ[job.ATTEMPT] == "abc" and not stop.is_set()
         start = trainer.record("start")
         assert start["kind"] == "started" and start["job"] == "77" and jobs.is_alive(start)
+        assert start["packages"]["numpy"] == importlib.metadata.version("numpy")
         run.records.publish(layout.phi(0), {})
         return "saved"
 
@@ -131,7 +133,14 @@ def test_a_job_of_a_closed_incarnation_does_nothing(trainer: Job) -> None:
     assert trainer.play(raises(AssertionError("it plays"))) == "voided"
     trainer.run.reopen()
     assert trainer.play(raises(AssertionError("it plays"))) == "voided"
-    assert trainer.record("start") is None
+    start = trainer.record("start")
+    assert (start["kind"], start["death"]) == ("voided", "withdrawn") and trainer.record("end") is None
+
+
+def test_the_other_ranks_of_a_closed_incarnation_do_not_wait(trainer: Job) -> None:
+    trainer.run.close("cancelled", "by hand")
+    for rank in (0, 1):
+        assert trainer.play(raises(AssertionError("it plays")), rank=rank, size=2) == "voided"
 
 
 def test_a_job_without_intent_or_with_other_code_refuses(trainer: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,3 +233,30 @@ def test_a_deadline_sets_the_flag() -> None:
 def test_the_deadline_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METAAPO_DEADLINE", str(time.time() + 1.5))
     assert answer(script(SLEEPER)).splitlines() == ["ready", "stopped", "saved"]
+
+
+STORM = """
+import os, signal, threading, time
+from toolkit.signals import StopFlag
+
+flag, end = StopFlag.install(), time.monotonic() + 1
+
+def storm():
+    while time.monotonic() < end:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.0005)
+
+threading.Thread(target=storm, daemon=True).start()
+while time.monotonic() < end:
+    flag.sleep(0)
+    flag._stopped = False  # so that it would sleep again
+print("alive")
+"""
+
+
+def test_a_signal_at_any_moment_of_a_sleep_does_no_harm() -> None:
+    storm = script(STORM)
+    try:
+        assert storm.communicate(timeout=20)[0] == "alive\n"
+    finally:
+        storm.kill()

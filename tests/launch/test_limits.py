@@ -173,6 +173,38 @@ def test_more_jobs_than_may_be_queued(world: World) -> None:
     one(problems(config(world, 5, control="login", **few), site), "5 jobs in the queue; QOS few lets you have 4")
 
 
+@pytest.mark.parametrize(
+    ("constraint", "lacking"),
+    [
+        ("80gb&2080ti", ""),
+        ("GPU_MEM:80GB", ""),
+        ("[80gb*2&2080ti*4]", ""),
+        ("(80gb)", ""),
+        ("80gb&2090ti", "2090ti"),
+        ("GPU_MEM:40GB", "GPU_MEM:40GB"),
+    ],
+)
+def test_features_are_whole_words(world: World, constraint: str, lacking: str) -> None:
+    site = parse_site(
+        "ClusterName = x\n",
+        "PartitionName=a Default=YES State=UP MaxTime=UNLIMITED TotalNodes=9\n",
+        "a|gpu:2|64|1024000|80gb,2080ti,GPU_MEM:80GB|9\n",
+    )
+    found = problems(config(world, worker={"constraint": constraint}), site)
+    assert bool(found) == bool(lacking), found
+    if lacking:
+        one(found, f"has the feature {lacking}; its nodes have 2080ti, 80gb, GPU_MEM:80GB")
+
+
+def test_names_that_a_sites_own_plugin_may_know(world: World) -> None:
+    """Where requests are rewritten before Slurm sees them, a QOS or account that Slurm does not know is no fault."""
+    unknown = placed(qos="debug", account="m4242_g")
+    site = captured.development()
+    assert len(problems(config(world, **unknown), site)) == 6, "three roles, two names each"
+    site.config["JobSubmitPlugins"] = "lua"
+    assert problems(config(world, **unknown), site) == []
+
+
 def test_limits_that_are_not_enforced_are_none(world: World) -> None:
     site = captured.development()
     site.config["AccountingStorageEnforce"] = "none"

@@ -20,8 +20,8 @@ from toolkit.exchange.run import Run
 from toolkit.launch import snapshot
 from toolkit.launch.adapter import JobSpec, State
 from toolkit.launch.attempts import Attempt, attempts, current
-from toolkit.launch.local import LocalAdapter, processes
-from toolkit.launch.supervise import Supervisor
+from toolkit.launch.local import ALL, VISIBLE, LocalAdapter, gpus, processes, visible
+from toolkit.launch.supervise import Supervisor, specification
 
 Define = Callable[[str], None]
 
@@ -92,12 +92,17 @@ def test_all_ranks_play_and_one_speaks(run: Run, payload: Define) -> None:
     assert sorted(path.name for path in run.root.glob("trainer-*")) == ["trainer-0-of-2", "trainer-1-of-2"]
 
 
-def test_a_job_has_a_session_an_environment_and_code_of_its_own(run: Run, payload: Define) -> None:
+def test_a_job_has_a_session_an_environment_and_code_of_its_own(
+    run: Run, payload: Define, monkeypatch: pytest.MonkeyPatch
+) -> None:
     payload("""
         import toolkit
         print("here:", os.getsid(0), os.getcwd(), toolkit.__file__, os.environ["COLOUR"], os.environ["PYTHONSAFEPATH"])
+        print("inherited:", *(os.environ.get(name) for name in ("SLURM_LOCALID", "METAAPO_DEADLINE")))
         return "done"
     """)
+    monkeypatch.setenv("SLURM_LOCALID", "7")  # launched from inside a job
+    monkeypatch.setenv("METAAPO_DEADLINE", "1")
     run.set_operations(replace(run.config, cluster=ClusterConfig(jobs=JobRequest(environment={"COLOUR": "blue"}))))
     supervise(run)
     until_over(run)
@@ -106,6 +111,7 @@ def test_a_job_has_a_session_an_environment_and_code_of_its_own(run: Run, payloa
     assert int(session) != os.getsid(0), "Ctrl-C in the launcher's terminal would reach it"
     assert Path(package).is_relative_to(run.root / "code")
     assert (colour, safe) == ("blue", "1")
+    assert "inherited: None None" in log(run)
 
 
 # ---------------------------------------------------------------------------------------------- deaths
@@ -250,6 +256,52 @@ def test_a_job_refuses_a_snapshot_that_was_edited(run: Run, payload: Define) -> 
     wait_until(lambda: not processes([attempt])[attempt])
     assert newest(run).start is None
     assert f"submitted with code {code[:12]}" in log(run)
+
+
+# ---------------------------------------------------------------------------------------------- GPUs
+
+
+def test_every_job_has_gpus_of_its_own(run: Run) -> None:
+    config = make_config(
+        run.root, reward={"model": "reward"}, trainer={"tensor": 2}, inference={"workers": 2, "tensor_parallel": 2}
+    )
+    there = list("abcdefg")
+    slots = ("trainer", "sidecar", "worker-000", "worker-001")
+    assert [gpus(config, slot, there) for slot in slots] == [["a", "b"], [], ["c", "d"], ["e", "f"]]
+    assert gpus(config, "trainer", []) == [], "a machine without GPUs"
+    with pytest.raises(
+        UserError,
+        match=r"6 GPUs = 2 of the trainer .* \+ 2 workers x inference\.tensor_parallel=2 are needed, there are 1",
+    ):
+        gpus(config, "sidecar", ["0"])
+    assert gpus(config, "worker-001", ["0"] * 6) == ["0", "0"], "all share one, if a person says so"
+
+
+def test_gpus_are_those_that_are_named_or_all_of_the_machine(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    assert visible({}, tmp_path) == ["0", "1"]
+    assert visible({VISIBLE: "5, GPU-1f"}, tmp_path) == ["5", "GPU-1f"]
+    assert visible({VISIBLE: ""}, tmp_path) == []
+    assert visible({VISIBLE: "5", ALL: "5,6"}, tmp_path) == ["5", "6"], "a job that has its own submits another one"
+
+
+def test_a_job_sees_its_own_gpus_unless_its_profile_names_them(
+    run: Run, payload: Define, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload('print("gpus:", os.environ["CUDA_VISIBLE_DEVICES"]); return "done"')
+    monkeypatch.setenv(VISIBLE, "7,8")
+    supervise(run)
+    until_over(run)
+    assert "gpus: 7\n" in log(run)
+    by_hand = JobRequest(time_minutes=60, environment={VISIBLE: "3"})
+    job = replace(
+        specification(run.config, run.root, "trainer", 1, "by-hand", snapshot.take(run.root)), request=by_hand
+    )
+    run.records.publish(layout.job("trainer", 1, "intent"), {**newest(run).intent.attributes, "attempt": "by-hand"})
+    LocalAdapter().submit(job)
+    until_over(run)
+    assert "gpus: 3\n" in log(run, 1)
 
 
 def test_an_interpreter_that_is_not_there_stops_the_run(run: Run, payload: Define) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.conftest import World, model_folder
-from toolkit.launch.estimate import estimate, parameters, weight_bytes
+from toolkit.launch.estimate import estimate, parameters
 from toolkit.launch.preflight import preflight
 from toolkit.launch.rehearsal import planned_jobs
 
@@ -27,10 +28,19 @@ def test_the_supported_architectures_pass(world: World, tmp_path: Path, architec
 
 
 def test_data_that_is_not_there(world: World) -> None:
-    for path in ("pairs.parquet", "./org/pairs", "/data/pairs.jsonl"):
+    for path in (
+        "pairs.parquet",
+        "./org/pairs",
+        "/data/pairs.jsonl",
+        "data/pears.jsonl",
+        "data/pears.json.gz",
+        "a/b/c",
+    ):
         world.refused(
-            f"data.path: expected a file or a dataset id, got {path}, which does not exist", data={"path": path}
+            f"data.path: expected a file or a dataset id owner/name, got {path}, which does not exist",
+            data={"path": path},
         )
+    world.refused("data.path: .* which is not a file", data={"path": str(world.policy)})
 
 
 def test_a_model_folder_that_is_missing_incomplete_or_of_another_kind(world: World, tmp_path: Path) -> None:
@@ -60,8 +70,74 @@ def test_weights_that_are_incomplete_by_their_own_index(world: World) -> None:
     shards = {name: f"model-0000{number}-of-00002.safetensors" for number, name in ((1, "a"), (2, "b"))}
     (world.policy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     world.refused("is incomplete: model-00002-of-00002.safetensors missing")
-    (world.policy / "model-00002-of-00002.safetensors").touch()
+    shutil.copy(world.reward / "model.safetensors", world.policy / "model-00002-of-00002.safetensors")
     preflight(world.config())
+    (world.policy / "model-00002-of-00002.safetensors").write_bytes(b"")
+    world.refused("model.policy: .*/model-00002-of-00002.safetensors is no complete safetensors file")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 16060556\n"
+
+
+def header(values: object) -> bytes:
+    text = json.dumps(values).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"1234", POINTER, header([]), header({"a": 3}), header({"a": {"shape": [1]}}), b"\x02" + bytes(7) + b"{"],
+    ids=["empty", "short", "git-lfs", "list", "entry", "no-offsets", "no-json"],
+)
+def test_weights_that_are_none(world: World, content: bytes) -> None:
+    (world.reward / "model.safetensors").write_bytes(content)
+    world.refused(r"reward.model: .*/model.safetensors is no complete safetensors file \(.* Git LFS pointer")
+
+
+def test_a_download_that_was_interrupted(world: World) -> None:
+    weights = world.policy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    world.refused("model.policy: .*/model.safetensors is no complete safetensors file")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
+def test_descriptions_that_are_none(world: World, name: str) -> None:
+    for content, words in ((b"", "is not JSON"), (POINTER, "is not JSON"), (b"[]", "expected keys and values")):
+        (world.policy / name).write_bytes(content)
+        world.refused(f"model.policy: .*{words}")
+
+
+def test_descriptions_that_lack_something(world: World) -> None:
+    config = world.policy / "config.json"
+    complete = json.loads(config.read_text())
+    for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        config.write_text(json.dumps({key: value for key, value in complete.items() if key != name}))
+        world.refused(f"model.policy: expected a number {name} in .*/config.json, got None")
+    config.write_text(json.dumps(complete))
+    (world.policy / "model.safetensors.index.json").write_text("{}")
+    world.refused("model.policy: .*index.json has no weight_map")
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"method": {"sampling": {"top_p": 3.0}}}, "method.sampling.top_p: expected a probability in"),
+        ({"method": {"sampling": {"temperature": -1.0}}}, "method.sampling.temperature: expected 0 or more, got -1"),
+        ({"evaluation": {"temperature": -1.0}}, "evaluation.temperature: expected 0 or more, got -1"),
+        ({"inference": {"gpu_memory_utilization": 1.5}}, "inference.gpu_memory_utilization: expected a share in"),
+        ({"inference": {"kv_cache_gib": -1.0}}, "inference.kv_cache_gib: expected a value above 0"),
+        (
+            {"inference": {"tensor_parallel": 3}},
+            "tensor_parallel=3 does not divide the 8 attention heads of reward.model",
+        ),
+        (
+            {"evaluation": {"metrics": {"gold": {"file": "/nowhere/gold.py"}}}},
+            "evaluation.metrics.gold.file: expected a Python file, got '/nowhere/gold.py'",
+        ),
+    ],
+)
+def test_what_would_fail_in_a_workers_job(world: World, groups: dict, message: str) -> None:
+    world.refused(message, **groups)
 
 
 def test_a_tokenizer_without_chat_template(world: World) -> None:
@@ -114,14 +190,11 @@ def test_a_method_that_makes_no_sense(world: World, method: dict, message: str) 
 
 
 def test_the_estimate_counts_parameters_bytes_and_devices(world: World, tmp_path: Path) -> None:
-    assert (
-        parameters(str(world.policy)) == 36
-        and weight_bytes(str(world.policy)) == (world.policy / "model.safetensors").stat().st_size
-    )
-    config = world.config(trainer={"tensor": 2, "data": 3}, cluster={"jobs": {"time_minutes": 30}})
+    assert parameters(str(world.policy)) == 36
+    config = world.config(trainer={"tensor": 2, "data": 3}, inference={"workers": 2})
     sentences = "\n".join(estimate(config, planned_jobs(config)))
-    assert "3 rounds" in sentences and "6 for the trainer, 1 for inference" in sentences
-    assert "3.5 GPU-hours (0.5 h wall time)" in sentences
+    assert "3 rounds" in sentences and "6 for the trainer, 2 for inference" in sentences
+    assert "GPU-hours" not in sentences, "nobody bills this machine"
 
 
 def test_a_login_node_needs_no_torch(world: World) -> None:
@@ -146,5 +219,5 @@ sys.exit(main(sys.argv[1:]))
         [sys.executable, "-c", source, "launch", "--dry-run", *overrides], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "trainer: 1 process(es)" in done.stdout and "worker-000" in done.stdout and "GPU-hours" in done.stdout
+    assert "trainer: 1 process(es)" in done.stdout and "worker-000" in done.stdout and "devices: 1" in done.stdout
     assert not (world.data.parent / "run").exists(), "a dry run writes nothing"

@@ -67,6 +67,16 @@ def test_of_a_campus() -> None:
     assert "owners" not in text and "old" not in text, "partitions of others, and one that is drained"
 
 
+def test_the_limit_of_another_account_is_not_this_ones() -> None:
+    site = parse_site(
+        "ClusterName = x\n",
+        "PartitionName=a Default=YES State=UP MaxTime=UNLIMITED\n",
+        associations="x|lab||normal|normal||100\nx|teaching||normal|normal||2\n",
+        account="lab\n",
+    )
+    assert "submit_limit: 100  # sacctmgr show assoc: MaxSubmitJobs of lab" in profile.draft(site, "x")
+
+
 def test_of_whole_nodes_without_gpus_in_slurm() -> None:
     found = yaml.safe_load(profile.draft(SITES["national"], "national"))
     assert (found["trainer"]["gpu_request"], found["trainer"]["partition"]) == ("", "batch")

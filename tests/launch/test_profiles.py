@@ -15,10 +15,13 @@ from rich.console import Console
 
 from tests.exchange.conftest import ROOT
 from tests.launch.conftest import World
+from tests.launch.test_slurm import say
 from toolkit.cluster import Budgets, ClusterConfig, JobRequest
 from toolkit.config import Config, build
+from toolkit.errors import UserError
 from toolkit.launch import batch
 from toolkit.launch.compose import compose, config_directory
+from toolkit.launch.estimate import estimate
 from toolkit.launch.rehearsal import dry_run, planned_jobs
 
 PROFILES = sorted(path.stem for path in (config_directory() / "cluster").glob("*.yaml"))
@@ -55,9 +58,85 @@ def test_a_dry_run_of_every_profile(world: World, profile: str, monkeypatch: pyt
         patch.setenv("PATH", "")  # a Slurm that is installed here would be asked
         dry_run(config, console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "GPU-hours" in printed
+    assert ("GPU-hours" in printed) == (profile != "local")
     assert printed.count("#!/bin/bash") == (0 if profile == "local" else 2 + (config.cluster.sidecar_in == "own"))
     scripts(config)
+
+
+SAID = "sbatch: Job 7 to start at 2026-11-21T12:09:05 using 1 processors on nodes n1 in partition gpu"
+
+
+def rehearsed(world: World, patch: pytest.MonkeyPatch, words: str, status: int, *overrides: str) -> str:
+    """A dry run where sbatch says this, and Slurm nothing else."""
+    say(world.data.parent, patch, "sbatch", words, status)
+    console = Console(file=io.StringIO(), width=200)
+    try:
+        dry_run(composed(world, "example_gres_modules", *overrides), console)
+    except UserError as error:
+        console.print(f"refused: {error}")
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_dry_run_asks_sbatch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = rehearsed(world, monkeypatch, SAID, 0)
+    assert printed.count("#!/bin/bash") == 3 and "refused" not in printed and "GPU-hours" in printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "sbatch: error: fetch_config: DNS SRV lookup failed\nsbatch: fatal: Could not establish a configuration source",
+        "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+        "",
+    ],
+)
+def test_a_slurm_that_does_not_answer_refuses_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    """All scripts are printed, and the sum; it is asked once, not once a script."""
+    printed = rehearsed(world, monkeypatch, words, 1)
+    assert printed.count("#!/bin/bash") == 3 and "refused" not in printed and "GPU-hours" in printed
+    assert printed.count("Slurm did not answer") == 1
+
+
+def test_a_full_queue_refuses_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = rehearsed(world, monkeypatch, "sbatch: error: QOSMaxSubmitJobPerUserLimit", 1)
+    assert "refused" not in printed and printed.count("Slurm has no room for it now: sbatch: error: QOSMax") == 3
+
+
+def test_all_scripts_are_printed_before_what_is_wrong(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = rehearsed(world, monkeypatch, "sbatch: error: invalid partition specified: gpu", 1)
+    scripts, _, refusal = printed.partition("refused: ")
+    assert scripts.count("#!/bin/bash") == 3 and "GPU-hours" in scripts
+    for role in ("trainer", "worker", "sidecar"):
+        assert f"{role}: Slurm would refuse it: sbatch: error: invalid partition" in refusal
+
+
+def test_a_dry_run_warns_where_no_gpu_is_asked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = rehearsed(world, monkeypatch, SAID, 0, "cluster.jobs.gpu_request=null")
+    for role in ("trainer", "worker"):
+        assert f"or {role} computes on CPUs" in printed
+    assert "or sidecar computes" not in printed
+    assert "computes on CPUs" not in rehearsed(world, monkeypatch, SAID, 0)
+
+
+@pytest.mark.parametrize(
+    ("profile", "words"),
+    [
+        # 8 GPUs of the trainer for two days, one of a worker for 12 h
+        ("example_gres_modules", "one attempt of each cost at most 396.0 GPU-hours (wall times up to 48 h)"),
+        # 6 links of 8 + 1 GPUs, a day each
+        (
+            "example_gpus_per_node_apptainer",
+            "6 attempts of each cost at most 1,296.0 GPU-hours (wall times up to 24 h)",
+        ),
+        # 2 + 1 nodes of 4 GPUs for 12 h
+        ("example_whole_node_pyxis", "cost at most 144.0 GPU-hours (wall times up to 12 h; whole nodes of 4 GPUs"),
+    ],
+)
+def test_what_the_jobs_may_cost(world: World, profile: str, words: str) -> None:
+    config = composed(world, profile)
+    assert words in "\n".join(estimate(config, planned_jobs(config)))
 
 
 def test_the_generic_profile_shows_every_key_with_its_default() -> None:
@@ -86,7 +165,8 @@ def test_gres_and_modules(world: World) -> None:
     assert "--gres" not in found["sidecar"]
     for text in found.values():
         assert "#SBATCH --account=lab_nlp\n" in text and 'METAAPO_STAGING="$TMPDIR"' in text
-        assert 'NCCL_SOCKET_IFNAME="ib0"' in text and 'HF_HUB_OFFLINE="1"' in text
+        assert 'HF_HUB_OFFLINE="1"' in text
+    assert [slot for slot in found if 'NCCL_SOCKET_IFNAME="ib0"' in found[slot]] == ["trainer"]
     # the role's lines follow those of all roles, and come before Python
     lines = found["trainer"].splitlines()
     purge, cuda = lines.index("module purge"), lines.index("module load cuda/12.8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def say(folder: Path, monkeypatch: pytest.MonkeyPatch, program: str, words: str,
     path = folder / "bin" / program
     path.parent.mkdir(exist_ok=True)
     stream = ">&2" if status else ""
-    path.write_text(f"#!/bin/sh\ncat {stream} <<'END'\n{words}\nEND\nexit {status}\n")
+    text = f"#!/bin/sh\ncat {stream} <<'END'\n{words}\nEND\nexit {status}\n"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{path.parent}:/usr/bin:/bin")
 
@@ -106,6 +108,13 @@ def test_the_deadline_is_before_the_end_of_the_wall_time(tmp_path: Path) -> None
             Busy,
         ),
         ("sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying", Busy),
+        (
+            "sbatch: error: Slurm job queue full, sleeping and retrying\nsbatch: error: Batch job submission failed: …",
+            Busy,
+        ),
+        ("sbatch: Job creation temporarily disabled, retrying\nsbatch: error: Batch job submission failed: …", Busy),
+        ("sbatch: error: Batch job submission failed: Required partition not available (inactive or drain)", Busy),
+        ("sbatch: error: Batch job submission failed: I/O error writing script/environment to file", Busy),
         ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", RuntimeError),
         ("sbatch: error: Batch job submission failed: Unable to contact slurm controller", RuntimeError),
         ("sbatch: error: invalid partition specified: nowhere", UserError),
@@ -121,6 +130,33 @@ def test_why_sbatch_failed_decides_what_follows(
     assert type(caught.value) is error
     if error is UserError:
         assert "Slurm refused trainer" in str(caught.value) and "job.sh" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying", Busy),
+        ("", subprocess.TimeoutExpired),
+    ],
+)
+def test_a_full_cluster_is_told_from_a_silent_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, error: type[Exception]
+) -> None:
+    """Where Slurm is full, sbatch says so and tries for two minutes."""
+    say(tmp_path, monkeypatch, "sbatch", "")
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\necho '{words}' >&2\nexec sleep 30\n")
+    with pytest.raises(error):
+        batch.submit(job(tmp_path), 1)
+
+
+@pytest.mark.parametrize("name", ["USR2", "TERM"])
+def test_a_warning_does_not_kill_a_role_that_is_not_there_yet(tmp_path: Path, name: str) -> None:
+    """Python starts for seconds before it has handlers."""
+    body = f"import os, signal, sys; os.kill(os.getpid(), signal.SIG{name}); print('alive', *sys.argv[1:])"
+    wish = JobRequest(python=f'{sys.executable} -c "{body}" "a b"')
+    executor = batch._Executor(JobSpec(tmp_path, "trainer", 0, "abc", tmp_path, 1, 1, 0, wish), 1.0)
+    done = subprocess.run(["bash", "-c", executor._submitit_command_str], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("alive a b -u -m submitit.core._submit "), done
 
 
 def test_a_submitted_job_needs_nothing_of_its_submitter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +191,10 @@ QUEUE = """7|metaapo-a|RUNNING|None|n1|1-02:03:04
 10|metaapo-d|WHAT_IS_THIS|None||0:00
 11|somebody|else|s|job|RUNNING|None|n1|5:00
 12|other|RUNNING|None|n1|5:00
-13|metaapo-a|FAILED|None|n1|0:10"""
+13|metaapo-a|FAILED|None|n1|0:10
+14|metaapo-h|COMPLETING|None|n5|5:00
+15|metaapo-i|REVOKED|None||0:00
+16|caf\udce9|RUNNING|None|n1|5:00"""
 PAST = """20|metaapo-e|CANCELLED by 1000|None|n4|33
 21|metaapo-f|RUNNING|None|n4|33"""
 
@@ -163,8 +202,8 @@ PAST = """20|metaapo-e|CANCELLED by 1000|None|n4|33
 def test_squeue_for_the_living_and_sacct_for_the_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     say(tmp_path, monkeypatch, "squeue", QUEUE)
     say(tmp_path, monkeypatch, "sacct", PAST)
-    slurm = SlurmAdapter(ClusterConfig(kind="slurm", submit_limit=5))
-    found = slurm.look(list("abcdefg"), 1e9)
+    slurm = SlurmAdapter(ClusterConfig(kind="slurm", submit_limit=7))
+    found = slurm.look(list("abcdefghi"), 1e9)
     assert {name: job.state for name, job in found.items()} == {
         "a": State.RUNNING,  # Slurm ran it twice: the living one counts
         "b": State.PENDING,
@@ -173,10 +212,13 @@ def test_squeue_for_the_living_and_sacct_for_the_dead(tmp_path: Path, monkeypatc
         "e": State.GONE,
         "f": State.UNKNOWN,  # accounting that lags behind is no proof of life
         "g": State.UNKNOWN,
+        "h": State.RUNNING,
+        "i": State.UNKNOWN,  # its sibling in another cluster may live
     }
+    assert (found["h"].reason, found["h"].kind, found["h"].nodes) == ("COMPLETING", "node", "n5")
     assert found["a"].seconds == 93784 and found["b"].reason == "Resources"
     assert (found["c"].kind, found["e"].kind, found["g"].kind) == ("preempted", "cancelled", "unknown")
-    assert slurm.room() == 2, "three of five jobs are there, of whatever making"
+    assert slurm.room() == 2, "five of seven jobs are there, of whatever making"
 
 
 def test_no_answer_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from tests.exchange.conftest import answer, script
+from tests.exchange.conftest import answers, script
 from tests.launch.conftest import MemoryAdapter, make_config, publish_pairs
 from toolkit.cluster import JobRequest
 from toolkit.errors import UserError
@@ -164,6 +165,29 @@ def test_a_dead_job_is_buried_and_submitted_again(run: Run, scheduler: MemoryAda
     assert end is not None and end.attributes["kind"] == "crash"
 
 
+@pytest.mark.parametrize(("silence", "over"), [(1.0, False), (1e6, True)])
+def test_a_job_that_slurm_cannot_end_is_given_up_when_it_shows_no_life(
+    run: Run, scheduler: MemoryAdapter, silence: float, over: bool
+) -> None:
+    supervise(run, scheduler)
+    job = scheduler.start(run, "worker-000")
+    scheduler.words[job.attempt] = {"reason": "COMPLETING", "kind": "node", "message": "Slurm cannot end its processes"}
+    start = attempts(run, "worker-000")[0].start
+    assert start is not None
+    status = run.root / "status.json"
+    status.touch()
+    os.utime(status, (start.written + silence,) * 2)
+    supervise(run, scheduler)
+    assert outcomes(run, "worker-000") == (["died", "pending"] if over else ["running"])
+    if over:
+        assert attempts(run, "worker-000")[0].death["kind"] == "node"
+
+
+def test_the_patience_with_a_submission_is_longer_than_sbatchs(run: Run) -> None:
+    cluster = replace(run.config.cluster, supervise=10.0, query_timeout=300.0)
+    assert module.start_patience(replace(run.config, cluster=cluster)) > 300.0
+
+
 def test_the_word_of_the_dead_stands(run: Run, scheduler: MemoryAdapter) -> None:
     supervise(run, scheduler)
     scheduler.end(run, "trainer", outcome="saved")
@@ -313,6 +337,46 @@ def test_a_job_that_cannot_be_submitted_stops_the_run(run: Run) -> None:
     assert closing is not None and "no such interpreter" in closing.attributes["reason"]
 
 
+@pytest.mark.parametrize("reason", ["PartitionTimeLimit", "QOSMaxGRESPerJob", "AssocMaxNodePerJobLimit"])
+def test_a_job_that_waits_for_ever_stops_the_run(run: Run, scheduler: MemoryAdapter, reason: str) -> None:
+    supervise(run, scheduler)
+    waits = scheduler.newest("worker-000").attempt
+    scheduler.words[waits] = {"reason": reason}
+    with pytest.raises(UserError, match=f"worker-000 would never start: .*{reason}"):
+        supervise(run, scheduler)
+    assert waits in scheduler.killed
+
+
+class Cornered(MemoryAdapter):
+    """Has one node for workers, which is bad; the sidecar does well on another."""
+
+    pends = False  # instead of being refused
+
+    def submit(self, job: JobSpec) -> str:
+        if job.exclude and job.slot == "worker-000" and not self.pends:
+            raise UserError("Requested node configuration is not available")
+        found = super().submit(job)
+        if job.exclude and job.slot == "worker-000":
+            self.words[job.attempt] = {"reason": "BadConstraints"}
+        return found
+
+
+@pytest.mark.parametrize("pends", [False, True])
+def test_a_role_without_another_node_takes_the_bad_one(run: Run, pends: bool) -> None:
+    scheduler = Cornered()
+    scheduler.pends = pends
+    supervise(run, scheduler)
+    scheduler.start(run, "sidecar", nodes="good")
+    for _ in range(2):
+        scheduler.end(run, "worker-000", nodes="bad", **CRASH, seconds=1.0)
+        supervise(run, scheduler)
+    for _ in range(2):
+        supervise(run, scheduler)
+    assert outcomes(run, "worker-000") == ["failed", "failed", "voided", "pending"] and run.closing() is None
+    assert attempts(run, "worker-000")[2].intent.attributes["exclude"] == ["bad"]
+    assert scheduler.newest("worker-000").exclude == ()
+
+
 def test_progress_is_the_newest_checkpoint_policy_and_shard(run: Run) -> None:
     from toolkit.exchange import hints
 
@@ -400,7 +464,7 @@ def test_new_operations_hold_for_the_next_attempt(run: Run, scheduler: MemoryAda
 
 # A supervisor in a process of its own. Every job it submits starts and dies at once.
 SUPERVISOR = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 from toolkit.errors import UserError
 from toolkit.exchange import layout
@@ -433,13 +497,13 @@ try:
 except UserError as error:
     reason = str(error)
 while run.closing() is None:
-    pass
+    time.sleep(0.001)
 print(json.dumps({"submitted": submitted, "reason": run.closing().attributes["reason"]}))
 """
 
 
 def test_supervisors_side_by_side_act_once_per_decision(run: Run) -> None:
-    found = [json.loads(answer(process)) for process in [script(SUPERVISOR, run.root, f"s{i}") for i in range(3)]]
+    found = [json.loads(told) for told in answers([script(SUPERVISOR, run.root, f"s{i}") for i in range(3)])]
     submitted = [tuple(job) for supervisor in found for job in supervisor["submitted"]]
     assert len({supervisor["reason"] for supervisor in found}) == 1
     numbers = Counter((slot, number) for slot, number, _ in submitted)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -15,14 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.parallel.problems import LEARNING, make_pairs, meta_weighted_dpo
+from toolkit.conversion.registry import read_shape
 from toolkit.conversion.weights import stage_weights
 from toolkit.errors import UserError
-from toolkit.training import device
+from toolkit.exchange.run import Run
+from toolkit.signals import StopFlag
+from toolkit.training import checkpoint, device, export
+from toolkit.training.control import Control
 from toolkit.training.engine import EngineSettings, PolicyEngine, StepResult
 from toolkit.training.export import gather_weight
 from toolkit.training.layout import ParallelLayout
 from toolkit.training.microbatches import MASKED, PairBatch
+from toolkit.training.model import build_model, transformer_config
 from toolkit.training.optimizer import OptimizerSettings
+from toolkit.training.trainer import Trainer
 
 
 def engine(layout: ParallelLayout, model: str, steps: int = 10, **settings: Any) -> PolicyEngine:
@@ -170,6 +179,15 @@ def message(action: Any) -> str:
     return "no error"
 
 
+def failure(action: Any) -> str:
+    """The message of the RuntimeError that ``action`` raises: another attempt may do better."""
+    try:
+        action()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
 def checkpoint_errors(layout: ParallelLayout, rank: int, model: str, other: str, folder: str) -> dict[str, str]:
     """What is said about directories that can't be saved to or restored from."""
     policy = engine(layout, model)
@@ -182,9 +200,9 @@ def checkpoint_errors(layout: ParallelLayout, rank: int, model: str, other: str,
     dist.barrier()
     return {
         "full": message(lambda: policy.save(saved)),
-        "absent": message(lambda: policy.restore(Path(folder) / "absent")),
-        "damaged": message(lambda: policy.restore(damaged)),
-        "other": message(lambda: engine(layout, other).restore(saved)),
+        "absent": failure(lambda: policy.restore(Path(folder) / "absent")),
+        "damaged": failure(lambda: policy.restore(damaged)),
+        "other": failure(lambda: engine(layout, other).restore(saved)),
         "dtype": message(lambda: engine(layout, model, dtype="bfloat16").restore(saved)),
     }
 
@@ -201,6 +219,53 @@ def full_disk(layout: ParallelLayout, rank: int, model: str, folder: str) -> lis
         said.append([message(lambda: policy.save(checkpoint)), message(lambda: policy.export(exported))])  # noqa: B023
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     return said
+
+
+def hiccup(layout: ParallelLayout, rank: int, model: str, folder: str) -> list[str]:
+    """What is said when the last rank's storage fails once, and the disk is not full."""
+
+    def stale(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    policy = engine(layout, model)
+    saved, exported = (make(Path(folder) / name, rank) for name in ("checkpoint", "policy"))
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == layout.world_size - 1:
+            patch.setattr(export, "save_file", stale)
+            patch.setattr(checkpoint.FileSystemWriter, "write_data", stale)
+        return [failure(lambda: policy.save(saved)), failure(lambda: policy.export(exported))]
+
+
+def restoring_memory(layout: ParallelLayout, rank: int, model: str, folder: str) -> float:
+    """Bytes of memory that restoring takes at most beside what was there before, for each of this rank's parameters."""
+    policy = engine(layout, model, dtype="bfloat16", distributed_optimizer=True)
+    policy.save(make(Path(folder) / "checkpoint", rank))
+    status = Path("/proc/self/status")
+
+    def kilobytes(name: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = kilobytes("VmRSS")
+    policy.restore(Path(folder) / "checkpoint")
+    return (kilobytes("VmHWM") - before) * 1024 / sum(parameter.numel() for parameter in policy.module.parameters())
+
+
+def devices(layout: ParallelLayout, rank: int, model: str) -> list[str]:
+    """The devices of a model's parameters where the GPU is another device than the CPU: here one without memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_CPU", torch.device("meta"))
+        shape = read_shape(Path(model))
+        module = build_model(transformer_config(shape, layout, torch.bfloat16, "none"), shape, layout)
+    return sorted({parameter.device.type for parameter in module.parameters()})
+
+
+def train_run(layout: ParallelLayout, rank: int, root: str, attempt: str) -> str:
+    """Train a run to its end; how it ended."""
+    run = Run.open(Path(root), attempt)
+    policy = PolicyEngine(layout, run.config.model.policy, EngineSettings(dtype="float32"))
+    return Trainer(run, policy, Control(StopFlag()), None).train()
 
 
 def lonely(layout: ParallelLayout, rank: int, store: str) -> str:

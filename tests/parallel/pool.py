@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from toolkit.training.layout import ParallelLayout
 
@@ -33,12 +33,13 @@ class Pool:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._runs = 0
 
-    def run(self, case: str, layout: ParallelLayout, timeout: float = 120.0, **arguments: Any) -> list[Any]:
+    def run(self, case: str, layout: ParallelLayout, timeout: float = 900.0, **arguments: Any) -> list[Any]:
         """Run ``package.module:function`` on every rank of ``layout`` and return each rank's result, in order.
 
         The function gets ``layout``, ``rank`` and ``arguments`` inside an initialised process group; arguments and
-        results go through JSON (paths become strings). Raises AssertionError with the traceback if a rank fails, or its
-        log if it doesn't answer in time; the next run then begins with new processes.
+        results go through JSON (paths become strings). Raises AssertionError with the traceback as soon as a rank fails,
+        whether or not others wait for it, or with the log of one that doesn't answer in time; the next run then begins
+        with new processes.
         """
         while len(self._processes) < layout.world_size:
             self._start()
@@ -54,12 +55,18 @@ class Pool:
             process.stdin.write((json.dumps({**job, "rank": rank}, default=str) + "\n").encode())
             process.stdin.flush()
         deadline = time.monotonic() + timeout
-        answers = [self._answer(rank, process, deadline) for rank, process in enumerate(ranks)]
-        for rank, answer in enumerate(answers):
-            if "result" not in answer:
-                self.close()
-                raise AssertionError(f"{case} failed on rank {rank} of {layout}:\n{answer['error']}")
-        return [answer["result"] for answer in answers]
+        results: list[Any] = [None] * len(ranks)
+        waiting = {process.stdout: rank for rank, process in enumerate(ranks)}
+        while waiting:
+            ready, _, _ = select.select(list(waiting), [], [], max(0.0, deadline - time.monotonic()))
+            for stream in ready or list(waiting):
+                rank = waiting.pop(stream)
+                answer = self._answer(rank, stream, bool(ready))
+                if "result" not in answer:
+                    self.close()
+                    raise AssertionError(f"{case} failed on rank {rank} of {layout}:\n{answer['error']}")
+                results[rank] = answer["result"]
+        return results
 
     def close(self) -> None:
         """End all processes."""
@@ -86,10 +93,9 @@ class Pool:
             )
         self._processes.append(process)
 
-    def _answer(self, rank: int, process: subprocess.Popen[bytes], deadline: float) -> dict[str, Any]:
-        """The process' one line of answer, or what its log says if none comes. After a failure others needn't finish."""
-        ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-        line = process.stdout.readline() if ready else b""
+    def _answer(self, rank: int, stream: IO[bytes], ready: bool) -> dict[str, Any]:
+        """The process' one line of answer, or what its log says if none comes."""
+        line = stream.readline() if ready else b""
         if line:
             return json.loads(line)
         log = (self.directory / f"rank-{rank}.log").read_text(errors="replace")

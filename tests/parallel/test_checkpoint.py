@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.parallel.pool import Pool
-from tests.parallel.problems import make_model
+from tests.parallel.problems import VOCABULARY, make_model
 from toolkit.training.layout import ParallelLayout
 
 # Of weights near 1 after two steps of Adam; measured: 1.2e-7, one unit in the last place.
@@ -113,3 +113,20 @@ def test_full_disk_is_one_error_on_every_rank(
     for checkpoint, export in ranks[0]:
         assert "could not write the checkpoint" in checkpoint and "space and quota" in checkpoint
         assert "could not write the policy" in export and "space and quota" in export
+
+
+def test_a_failure_of_the_storage_is_no_refusal(models: dict[str, Path], pool: Pool, tmp_path: Path) -> None:
+    ranks = pool.run("tests.parallel.cases:hiccup", PP2, model=models["llama"], folder=tmp_path)
+    assert ranks[0] == ranks[1]
+    assert all("could not write" in said and "Stale file handle" in said for said in ranks[0])
+
+
+def test_restoring_takes_the_memory_of_one_kind_of_state(pool: Pool, tmp_path: Path) -> None:
+    """All kinds at once, the master copy and both moments, would take twice as much."""
+    import transformers
+
+    sizes = {"hidden_size": 512, "num_attention_heads": 4, "num_hidden_layers": 6, "intermediate_size": 2048}
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    ranks = pool.run("tests.parallel.cases:restoring_memory", DP2, model=tmp_path / "model", folder=tmp_path)
+    assert max(ranks) < 11  # bytes a parameter; measured: 7.5, with all kinds at once 15.4

@@ -52,6 +52,13 @@ def test_behaviour(pool: Pool, tmp_path: Path, layout: ParallelLayout) -> None:
     assert not any((tmp_path / "empty").iterdir())
 
 
+@pytest.mark.parametrize("name", ["llama-bias", "qwen3"])
+def test_all_parameters_are_on_one_device(pool: Pool, tmp_path: Path, name: str) -> None:
+    """Megatron makes its own on the GPU; the norms, which are torch's, must not stay on the CPU."""
+    (found,) = pool.run("tests.parallel.cases:devices", ParallelLayout(), model=make_model(name, tmp_path / "model"))
+    assert len(found) == 1 and found != ["cpu"]
+
+
 def test_ranks_that_never_come(pool: Pool, tmp_path: Path) -> None:
     (said,) = pool.run("tests.parallel.cases:lonely", ParallelLayout(), store=f"file://{tmp_path / 'store'}")
     assert "rank 0 of 2 could not join the others" in said and "GLOO_SOCKET_IFNAME" in said

@@ -17,7 +17,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """The case's result, or the traceback of its failure."""
     layout = ParallelLayout(**job["layout"])
     try:
-        device.initialize(layout, rank=job["rank"], meeting=job["store"], timeout_seconds=60)
+        # Patient: a rank that is new imports Megatron first.
+        device.initialize(layout, rank=job["rank"], meeting=job["store"], timeout_seconds=600)
         module, function = job["case"].split(":")
         result = getattr(importlib.import_module(module), function)(layout, job["rank"], **job["arguments"])
         device.shutdown()

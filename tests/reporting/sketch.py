@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from toolkit import config as configuration
 from toolkit.config import Config
 from toolkit.exchange import layout, lineage, tables
 from toolkit.exchange.lineage import Progress
+from toolkit.exchange.records import File
 from toolkit.exchange.run import Run
 
 PAIRS_PER_ROUND = [4, 8, 8]
@@ -101,7 +103,11 @@ class Sketch:
         self.run.records.publish(layout.PAIRS, attributes, blobs=blobs)
 
     def policy(self, version: int) -> None:
-        self.run.records.publish(layout.policy(version), {"version": version})
+        ref, data = layout.policy(version), b"{}"
+        folder = self.run.records.stage(ref)
+        (folder / "config.json").write_bytes(data)
+        file = File(f"{folder.name}/config.json", len(data), hashlib.sha256(data).hexdigest())
+        self.run.records.publish(ref, {"version": version}, staged=[file])
 
     def scores(self, index: int, shard: int) -> None:
         ids = self.ids(index, shard)

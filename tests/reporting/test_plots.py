@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -51,3 +52,24 @@ def test_many_steps_are_smoothed() -> None:
     steps = list(range(400))
     few, many = (plots.by_step({"a": [float(n % 2) for n in s]}, s, [0], "loss") for s in (steps[:50], steps))
     assert "opacity: 0.2" not in few and "opacity: 0.2" in many
+
+
+def test_of_very_many_steps_the_single_ones_are_paler_and_below_every_mean() -> None:
+    steps = list(range(4000))
+    series = {"a": [float(n % 2) for n in steps], "b": [float(n % 3) for n in steps]}
+    svg = plots.by_step(series, steps, [0], "loss")
+    curves = re.findall(r'style="(fill: none; stroke: var\(--c[12]\)[^"]*)"', svg)
+    pale = ["opacity: 0.05" in style for style in curves]
+    assert pale[:4] == [True, True, False, False]
+
+
+def test_many_policies_and_rounds_have_few_numbers() -> None:
+    values = dict.fromkeys(range(41), 0.5)
+    rewards = {version: {"best": 1.0, "all": 0.5, "worst": 0.0} for version in range(41)}
+    for svg in (plots.by_policy(values, {}, "reward"), plots.rewards_by_round(rewards)):
+        numbers = [word for word in texts(svg) if word.isdigit()]
+        assert 2 < len(numbers) < 12 and "0" in numbers
+
+
+def test_names_are_no_formulas() -> None:
+    assert "a$^{$" in texts(plots.by_policy({0: 0.5, 1: 0.7}, {}, "a$^{$"))

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.exchange.conftest import make_config
 from tests.reporting.sketch import Sketch, step_line
 from toolkit.exchange import derive, layout
+from toolkit.exchange.run import Run
 from toolkit.reporting import gather, report
 from toolkit.reporting.progress import Reader
+from toolkit.reporting.summary import summarise_run
 
 VOID = {"meta", "br", "path", "use", "rect", "line", "circle"}
 
@@ -47,6 +50,11 @@ def outline(text: str) -> Outline:
     return found
 
 
+def html(sketch: Sketch) -> str:
+    run = sketch.reopen()
+    return report.html(run, summarise_run(run))
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The report of a finished run."""
@@ -57,7 +65,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
             sketch.meta_batch(version, [(-1.0, 0.9, 0.4, 0.15)])
         derive.publish_phi(sketch.reopen(), version)
     sketch.finish()
-    path = report.write_report(sketch.reopen())
+    path = report.write_report(sketch.reopen(), summarise_run(sketch.reopen()))
     assert path == sketch.root / "report.html"
     return path.read_text()
 
@@ -65,7 +73,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_finished_run(text: str) -> None:
     found = outline(text)
     assert "1.000 ±0.000" in found.text and "+0.750 ±0.250 from 0.250 at the start" in found.text
-    assert "62.5%" in found.text and "10 made, 32 if all were sampled" in found.text
+    assert "62.5%" in found.text and "10 responses judged, 32 if all were sampled" in found.text
     for title in ("Rounds", "Policies", "Gate and meta-learner", "Training", "Where the time went", "Attempts"):
         assert f"<h2>{title}</h2>" in text
     assert text.count("<svg") == 13
@@ -83,6 +91,43 @@ def test_texts_are_shown_as_they_are(text: str) -> None:
     assert "answer <0> to 2" in found.text and "answer <3> to 2" in found.text
 
 
+def test_the_tables(text: str) -> None:
+    cells = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    assert ["1", "8", "3 (38%)", "2", "1", "0", "0"] in cells
+    assert ["policy", "reward", "win rate", "gold reward", "tokens per response", "cut"] in cells
+    assert ["3", "3.000 ±0.577", "100.0%", "1.000 ±0.000", "3.0", "0%"] in cells
+
+
+def test_the_values_of_a_profile_s_variables_stay_at_home(tmp_path: Path) -> None:
+    jobs = {"environment": {"HF_TOKEN": "hf_secret"}}
+    run = Run.create(tmp_path / "run", make_config(tmp_path / "run", cluster={"jobs": jobs}), "test")
+    text = report.html(run, summarise_run(run))
+    assert "hf_secret" not in text
+    assert "<b>cluster.jobs.environment.HF_TOKEN</b></td><td>(set)</td>" in text
+
+
+def test_a_rejected_prompt_and_a_failed_reward_have_no_number(sketch: Sketch) -> None:
+    sketch.pairs()
+    for version in range(2):
+        sketch.policy(version)
+        sketch.evaluation(version, [float("nan")] * 4, [float("nan")] * 4, finish="rejected")
+    words = outline(html(sketch)).text
+    assert "prompt rejected" in words and "nan" not in words
+
+
+def test_of_many_rounds_some_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "ROUNDS_DRAWN", 2)
+    run = Sketch(tmp_path / "run", pairs_per_round=[4] * 4, rounds=3)
+    run.pairs()
+    for version in range(4):
+        run.policy(version)
+    for index in range(1, 4):
+        run.requests(index, 0, [True] * 4)
+    text = html(run)
+    assert "Of 3 rounds 2 are drawn" in text
+    assert text.count(">round 1<") == text.count(">round 3<") == text.count(">round 2<") + 1
+
+
 def test_nothing_comes_from_outside(text: str) -> None:
     assert outline(text).names & {"script", "link", "img", "iframe"} == set()
     assert not re.search(r"@import|url\((?!#)|(?:src|href)=\"(?!#)", text)
@@ -90,12 +135,12 @@ def test_nothing_comes_from_outside(text: str) -> None:
 
 
 def test_the_same_run_gives_the_same_report(finished: Sketch) -> None:
-    assert report.html(finished.reopen()) == report.html(finished.reopen())
+    assert html(finished) == html(finished)
 
 
 def test_a_run_halfway(halfway: Sketch) -> None:
     halfway.metrics("trainer", "aaa", [step_line(0, 1.0), {"time": 2.0, "kind": "step", "step": 1, "stepped": False}])
-    found = outline(report.html(halfway.reopen()))
+    found = outline(html(halfway))
     assert "not finished" in found.text and "last policy not evaluated" in found.text
 
 
@@ -109,13 +154,13 @@ def test_a_run_that_has_hardly_begun(sketch: Sketch, records: str) -> None:
     if records == "requests":
         sketch.policy(1)
         sketch.requests(1, 0, [True] * 4, s=[-0.5] * 4, w=[0.5] * 4)
-    outline(report.write_report(sketch.reopen()).read_text())
+    outline(report.write_report(sketch.reopen(), summarise_run(sketch.reopen())).read_text())
 
 
 def test_a_failed_run(sketch: Sketch) -> None:
     sketch.attempt("trainer", 0, "aaa", {"outcome": "failed", "kind": "refused", "message": "no such folder"})
     sketch.run.close("failed", "trainer stopped: no such folder")
-    found = outline(report.html(sketch.reopen()))
+    found = outline(html(sketch))
     assert "trainer stopped: no such folder" in found.text and "refused: no such folder" in found.text
 
 
@@ -128,14 +173,14 @@ def test_without_torch_the_curves_are_missed_and_named(finished: Sketch, monkeyp
         return importing(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    assert "curves are not drawn: torch is not installed" in report.html(finished.reopen())
+    assert "curves are not drawn: torch is not installed" in html(finished)
 
 
 def test_a_damaged_record_is_named_and_the_rest_is_shown(finished: Sketch) -> None:
     manifest = finished.run.records.require(layout.annotations(1, 0))
     data = manifest.directory / manifest.files[0].path
     data.write_bytes(data.read_bytes()[:-1] + b"x")
-    found = outline(report.html(finished.reopen()))
+    found = outline(html(finished))
     assert "Cannot read rounds/001/annotations/000/000000" in found.text
     assert "good <ok> r2-0" in found.text
 

@@ -18,7 +18,7 @@ from toolkit.reporting.progress import Settled, trained_shards
 
 def shown(found: dict, width: int = 80, age: float = 2.0) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(status.render(found, age))
+    console.print(terminal.render(found, age))
     return console.export_text()
 
 
@@ -26,8 +26,8 @@ def test_a_run_that_is_not_prepared(sketch: Sketch) -> None:
     found = status.collect(sketch.reopen(), {})
     assert found["steps"] is None and found["rounds"] == [] and found["outcome"] is None
     assert "not prepared yet" in shown(found)
-    assert status.line(found) == "preparing"
-    assert status.line({}) == "no status yet"
+    assert terminal.line(found) == "preparing"
+    assert terminal.line({}) == "no status yet"
     shown({})
 
 
@@ -172,7 +172,7 @@ def test_outcome_and_jobs(finished: Sketch) -> None:
     text = shown(found)
     assert "finished" in text and "trainer (attempt 1) failed" in text and "no [disk]" in text
     assert "9 workers 9 running" in text and "worker-003" not in text
-    assert status.line(found).startswith("finished: ")
+    assert terminal.line(found).startswith("finished: ")
     assert status.collect(finished.reopen(), {}, found)["jobs"] == found["jobs"]
 
 
@@ -247,24 +247,49 @@ def test_a_scheduler_that_does_not_answer_and_jobs_that_it_does_not_have_are_war
     assert (later["gone"], later["unanswered"], later["warnings"]) == ([], None, [])
 
 
-def test_the_table_fits_80_columns(halfway: Sketch) -> None:
-    text = shown(status.collect(halfway.reopen(), {}))
-    [start, warm, one, two] = [line for line in text.splitlines() if line[:5].strip() in ("start", "0", "1", "2")]
-    assert start.split() == ["start", "1.500", "50%", "0.250"]
-    assert warm.split() == ["0", "4", "–", "–", "–", "–", "1/1", "2.000", "62%", "0.500"]
-    assert one.split() == ["1", "8", "2/2", "2/2", "2/2", "2/2", "2/2", "38%"]
-    assert two.split() == ["2", "8", "1/2", "1/2", "1/2", "0/2", "0/2", "25%"]
+def test_the_tables(halfway: Sketch) -> None:
+    found = status.collect(halfway.reopen(), {})
+    lines = [line.split() for line in shown(found).splitlines()]
+    assert ["0", "4", "–", "–", "–", "–", "1/1"] in lines
+    assert ["1", "8", "2/2", "2/2", "2/2", "2/2", "2/2", "38%"] in lines
+    assert ["2", "8", "1/2", "1/2", "1/2", "0/2", "0/2", "25%"] in lines
+    assert ["0", "1.500", "50%", "0.250"] in lines and ["1", "2.000", "62%", "0.500"] in lines
+    text = shown(found)
     assert "67% saved" in text and "step 6 of 10" in text
+    assert "metaapo report" not in text
+
+
+def test_no_number_of_the_tables_is_cut(halfway: Sketch) -> None:
+    found = status.collect(halfway.reopen(), {})
+    found["rounds"] = [
+        found["rounds"][2] | {"round": n, "pairs": 60_000, "shards": 469, "trained": 468, "asked": 4, "decided": 4}
+        for n in range(40)
+    ]
+    metrics = {"first_metric": -12.345, "second_metric": -23.456}
+    judged = found["evaluations"][0] | {"reward": -34.567, "win_rate": 1.0, "metrics": metrics}
+    found["evaluations"] = [judged | {"version": version} for version in range(31)]
+    found["policy"] = 31
+    text = shown(found)
+    lines = [line.split() for line in text.splitlines()]
+    assert "…" not in text and all(len(line) <= 80 for line in text.splitlines())
+    assert ["31", "60,000", "0%", "0%", "0%", "0%", "99%", "100%"] in lines
+    policies = [line for line in lines if line[1:] == ["-34.567", "100%", "-12.345", "-23.456"]]
+    assert [int(line[0]) for line in policies] == [0, *range(24, 31)], "the first and the newest"
+
+
+def test_a_finished_run_says_how_its_report_is_made(finished: Sketch) -> None:
+    found = status.collect(finished.reopen(), {})
+    assert f"metaapo report {finished.root}" in shown(found, 200)
 
 
 def test_the_line_changes_with_what_got_done(halfway: Sketch) -> None:
     before = status.collect(halfway.reopen(), {})
-    assert status.line(before) == (
+    assert terminal.line(before) == (
         "round 2 of 0-2 | scored 1/2 requested 1/2 sampled 1/2 annotated 0/2 trained 0/2 | "
         "policy 1: reward 2.000 win rate 0.625 gold 0.500"
     )
     halfway.annotations(2, 0, {"r2-0": "pair"})
-    assert "annotated 1/2" in status.line(status.collect(halfway.reopen(), {}, before))
+    assert "annotated 1/2" in terminal.line(status.collect(halfway.reopen(), {}, before))
 
 
 def test_showing_a_status_needs_neither_arrow_nor_torch() -> None:

@@ -4,14 +4,13 @@ import json
 import math
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from rich.console import Console
 
 from tests.reporting.sketch import Sketch, step_line
-from toolkit.exchange import layout, tables
+from toolkit.exchange import layout
+from toolkit.launch.attempts import attempts
 from toolkit.reporting import summary
-from toolkit.reporting.paired import changes
 from toolkit.reporting.timing import where_time_went
 
 
@@ -45,17 +44,7 @@ def test_changes_are_of_the_same_prompts(finished: Sketch) -> None:
     assert found["change"]["reward"] == {"mean": 1.5, "error": pytest.approx(math.sqrt(1 / 3) / 2)}
     # gold 0, 0, 0, 1 became 1, 1, 1, 1: differences 1, 1, 1, 0
     assert found["change"]["gold_reward"] == {"mean": 0.75, "error": pytest.approx(0.25)}
-    assert found["policies"][0]["change"] == {}
-
-
-def test_changes_leave_out_what_one_policy_lacks() -> None:
-    def table(rewards: dict[str, float]) -> pa.Table:
-        rows = [{"prompt_id": key, "reward": value, "metrics": []} for key, value in rewards.items()]
-        return pa.Table.from_pylist(rows, tables.EVALUATION)
-
-    found = changes(table({"a": 2.0, "b": math.nan, "c": 5.0}), table({"a": 1.5, "b": 1.0, "d": 0.0}))
-    assert found == {"reward": {"mean": 0.5, "error": None}}
-    assert changes(table({"a": 1.0}), table({"b": 1.0})) == {}
+    assert found["policies"][0]["change"]["reward"] == {"mean": 0.0, "error": 0.0}
 
 
 def test_attempts_and_wall_time(finished: Sketch) -> None:
@@ -96,7 +85,7 @@ def test_an_unfinished_run(halfway: Sketch) -> None:
 def test_a_run_without_anything(sketch: Sketch) -> None:
     found = summary.write_summary(sketch.reopen())
     assert found["rounds"] == [] and found["reward"] == {"initial": None, "final": None} and found["wall_seconds"] >= 0
-    Console(file=open("/dev/null", "w")).print(summary.render_rounds(found))  # noqa: SIM115, PTH123
+    Console(file=open("/dev/null", "w")).print(summary.render(found))  # noqa: SIM115, PTH123
 
 
 def test_a_failed_run_says_why(sketch: Sketch) -> None:
@@ -111,16 +100,60 @@ def test_offline_training_has_rounds_without_samples(tmp_path: Path) -> None:
     assert found["warm_start"] is None and [entry["sampled_fraction"] for entry in found["rounds"]] == [None] * 3
 
 
-def test_the_table_of_rounds(finished: Sketch) -> None:
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(summary.render_rounds(summary.summarise_run(finished.reopen())))
-    text = console.export_text()
+def shown(found: dict, width: int = 80) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(summary.render(found))
+    return console.export_text()
+
+
+def test_the_tables_for_a_terminal(finished: Sketch) -> None:
+    text = shown(summary.summarise_run(finished.reopen()))
     assert "2.0 GPU-hours; deaths: 1 crash." in text
-    assert "3 (38%)" in text and "1.000 ±0.000" in text and "0 (warm)" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["0", "(warm)", "4", *["–"] * 5] in lines and ["1", "8", "3", "(38%)", "2", "1", "0", "0"] in lines
+    assert ["3", "3.000", "±0.577", "100.0%", "1.000", "±0.000", "3.0", "0%"] in lines
     assert (
         "gold reward 0.250 -> 1.000 (+0.750 ±0.250 on the same prompts)." in text
-        and "10 of 32 annotations made, 62% saved." in text
+        and "10 of 32 responses judged, 62% saved." in text
     )
+
+
+@pytest.mark.parametrize(("metrics", "width"), [(2, 80), (4, 80), (8, 140)])
+def test_no_number_of_the_tables_is_cut(finished: Sketch, metrics: int, width: int) -> None:
+    found = summary.summarise_run(finished.reopen())
+    outcomes = {"pair": 10_240, "tie": 10_241, "all_truncated": 10_242, "reward_failed": 10_243}
+    found["rounds"][0] |= {"pairs": 20_480, "sampled": 20_479, "sampled_fraction": 1.0, "online": 10_240}
+    found["rounds"][0]["outcomes"] = outcomes
+    names = [f"metric{index}" for index in range(metrics)]
+    for policy in found["policies"]:
+        policy |= {"reward": -12.345, "win_rate": 1.0, "tokens": 1234.5, "truncated": 1.0}
+        policy["metrics"] = {name: -12.345 - index for index, name in enumerate(names)}
+        policy["error"] |= {"reward": 0.123, "metrics": dict.fromkeys(names, 0.456)}
+    found |= {f"{name}_reward": found["reward"] for name in names}
+    lines = shown(found, width).split("\ngold reward")[0].splitlines()[1:]
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    assert "…" not in "".join(words)
+    for number in ("20,480", "20,479", "(100%)", "10,240", "10,241", "10,242", "10,243", "100.0%", "1234.5", "100%"):
+        assert number in words
+    for value in ("-12.345", "±0.123", *(f"{-12.345 - index:.3f}" for index in range(metrics))):
+        assert words.count(value) >= 4
+
+
+def test_an_attempt_lasted_as_long_as_its_record_says(sketch: Sketch) -> None:
+    # killed after 10 minutes, and noticed by a tick much earlier or later
+    sketch.attempt("trainer", 0, "aaa", {"outcome": "died", "kind": "node", "message": "m", "seconds": 600.0})
+    sketch.attempt("trainer", 1, "bbb", {"outcome": "done"})
+    found = summary.summarise_run(sketch.reopen())["attempts"]
+    assert found[0]["seconds"] == 600.0
+    assert found[1]["seconds"] == pytest.approx(0.0, abs=1.0)
+    run = sketch.reopen()
+    tried = attempts(run, "trainer")
+    began = tried[0].start.written
+    sketch.metrics("trainer", "aaa", [{"time": began + 60.0, "kind": "score", "seconds": 50.0}])
+    assert where_time_went(run, tried) == {
+        "trainer": {"score": 50.0, "start": pytest.approx(10.0, abs=0.01), "idle": pytest.approx(540.0, abs=0.01)}
+    }
 
 
 def test_where_the_time_went(sketch: Sketch) -> None:

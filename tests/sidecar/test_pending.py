@@ -15,10 +15,9 @@ from safetensors.numpy import load_file
 from tests.exchange.conftest import answer, script
 from tests.sidecar.conftest import METHODS, SHARDS, Trainer, logprob_columns, make_run
 from toolkit.algorithms import meta_learner
-from toolkit.algorithms.meta_learner import MetaBatch
-from toolkit.algorithms.presets import MetaSettings
+from toolkit.algorithms.meta_learner import MetaBatch, MetaSettings
 from toolkit.exchange import hints, layout, reports, tables
-from toolkit.exchange.records import Corrupt
+from toolkit.exchange.records import Corrupt, Records
 from toolkit.exchange.run import Run
 from toolkit.sidecar.pending import Pending
 
@@ -137,6 +136,25 @@ def test_nothing_is_decided_before_all_it_follows_from_is_there(trainer: Trainer
     trainer.score(2, 1, weights=("policy-0000",))
     turns()
     assert requests(trainer, 2) is not None
+
+
+def test_scores_are_read_once_all_are_there(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at every look while a round is being scored: that would be quadratic in its shards."""
+    trainer.policy(0, 1)
+    trainer.score(1, *SHARDS[:-1])
+    read: list[str] = []
+    table = Records.table
+    monkeypatch.setattr(
+        Records,
+        "table",
+        lambda self, manifest, *rest: (read.append(str(manifest.ref)), table(self, manifest, *rest))[1],
+    )
+    sidecar = pending(trainer)
+    while sidecar.turn():
+        pass
+    assert read == []
+    trainer.score(1, SHARDS[-1])
+    assert sidecar.turn() and requests(trainer, 1) is not None and read != []
 
 
 def test_a_feature_without_statistics_is_decided_shard_by_shard(tmp_path: Path) -> None:
@@ -331,5 +349,5 @@ for index in (1, 2):
 
 def test_a_sidecar_that_is_killed_again_and_again_changes_nothing(tmp_path: Path) -> None:
     undisturbed, killed = make_run(tmp_path / "undisturbed"), make_run(tmp_path / "killed")
-    answer(script(KILLED_SIDECARS, killed.run.root, 12), timeout=120)
+    answer(script(KILLED_SIDECARS, killed.run.root, 12))
     assert derived(killed) == play(undisturbed, pending(undisturbed))

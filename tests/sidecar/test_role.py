@@ -13,7 +13,7 @@ from tests.launch.conftest import MemoryAdapter
 from tests.sidecar.conftest import SHARDS, Trainer
 from toolkit.cluster import ClusterConfig
 from toolkit.errors import UserError
-from toolkit.exchange import hints, layout
+from toolkit.exchange import hints, jobs, layout
 from toolkit.exchange.run import Run
 from toolkit.sidecar import role
 from toolkit.signals import StopFlag
@@ -41,7 +41,8 @@ class Sidecar:
             time.sleep(0.01)
 
     def end(self) -> str:
-        self.thread.join(60)
+        self.thread.join(300)
+        self.stop.set()  # for its supervision, which else goes on in a thread of its own
         return self.outcome
 
 
@@ -87,6 +88,44 @@ def test_it_closes_a_run_that_is_complete(
     trainer.score(2, *SHARDS)
     assert sidecar.end() == "done"
     assert run.closing().attributes["outcome"] == "finished"
+
+
+@pytest.mark.parametrize("damaged", ["a-score", "its-manifest", "the-newest-policy"])
+def test_it_heals_the_damage_that_it_meets(
+    trainer: Trainer, scheduler: MemoryAdapter, monkeypatch: pytest.MonkeyPatch, damaged: str
+) -> None:
+    """It is the only reader of scores: were it to die of a damaged one, so would its successors."""
+    run = trainer.run
+    trainer.policy(0, 1)
+    trainer.score(1, *SHARDS)
+    ref = layout.policy(1) if damaged == "the-newest-policy" else layout.logprobs("policy-0001", "offline", 1, 1)
+    manifest = run.records.require(ref)
+    path = manifest.directory / manifest.files[0].path if damaged == "a-score" else manifest.path
+    path.write_bytes(b"X" + path.read_bytes()[1:])
+    sidecar = Sidecar(trainer, scheduler, monkeypatch)
+    sidecar.until(lambda: path.with_name(f"{ref.name}.g0.tombstone.json").exists())
+    trainer.policy(1)
+    trainer.score(1, *SHARDS)
+    sidecar.until(lambda: run.records.find(layout.requests(1, 1)) is not None)
+    assert run.records.require(ref).generation == 1
+    run.close("cancelled", "by hand")
+    assert sidecar.end() == "done"
+
+
+def test_a_sidecar_with_much_to_do_still_beats_and_leaves(
+    trainer: Trainer, scheduler: MemoryAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(role, "adapter", lambda config: scheduler)
+    stop, turns = StopFlag(), [0]
+
+    def turn() -> bool:
+        turns[0] += 1
+        if turns[0] == 3:
+            stop.set()
+        return True
+
+    assert role.keep(Run.open(trainer.run.root, "sidecar", 0), "sidecar", stop, turn) == "saved"
+    assert turns == [3] and jobs.last_beat(trainer.run.root, "sidecar") == ("sidecar", 3, [])
 
 
 @pytest.mark.parametrize("error", [RuntimeError("slurmctld is away"), UserError("half a record")])

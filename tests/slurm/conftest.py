@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 SLURM = Path(__file__).parents[2] / "slurm"
+PATIENCE = 300.0  # seconds that Slurm may take on a busy machine
 sys.path.insert(0, str(SLURM))  # a folder of scripts, no package
 
 from devcluster import DevCluster, DevClusterError, missing_programs  # noqa: E402
@@ -66,7 +68,7 @@ def state(cluster: DevCluster, job: str) -> str | None:
     return next((row["state"] for row in cluster.jobs() if row["id"] == job), None)
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 60.0) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
     """Poll until ``condition``; fails after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -74,7 +76,7 @@ def wait_until(condition: Callable[[], object], timeout: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-def wait_for(cluster: DevCluster, job: str, *states: str, timeout: float = 60.0) -> None:
+def wait_for(cluster: DevCluster, job: str, *states: str, timeout: float = PATIENCE) -> None:
     """Wait until the controller has the job in one of ``states``; the failure says in which it was last."""
     deadline = time.monotonic() + timeout
     while (now := state(cluster, job)) not in states:
@@ -98,7 +100,7 @@ def undisturbed(cluster: DevCluster, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def make(cluster: DevCluster, tmp_path: Path) -> Iterator[Callable[..., PayloadRun]]:
-    """Makes payload runs, on the session's cluster if no other is given. What is left of them is cancelled in the end."""
+    """Makes payload runs, on the session's cluster if no other is given. What is left of them is cancelled, and waited for."""
     from tests.slurm.runs import PayloadRun
 
     made: list[PayloadRun] = []
@@ -109,6 +111,13 @@ def make(cluster: DevCluster, tmp_path: Path) -> Iterator[Callable[..., PayloadR
 
     yield start
     for left in made:
-        with contextlib.suppress(DevClusterError):  # a test that failed while its controller was away
-            if queue := left.in_queue():
-                left.cluster.run("scancel", *queue, check=False)
+        # a test that failed while its controller was away
+        with contextlib.suppress(DevClusterError, subprocess.TimeoutExpired):
+            wait_until(lambda left=left: not _cancel(left))
+
+
+def _cancel(run: PayloadRun) -> list[str]:
+    """Cancel what is left of a run in the queue; returns what that was. To be called again: its roles may have submitted more."""
+    if queue := run.in_queue():
+        run.cluster.run("scancel", *queue, check=False)
+    return queue

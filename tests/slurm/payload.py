@@ -5,7 +5,7 @@ the whole sidecar are the real ones. "Weights" are a digest of everything that t
 if the same records were trained in the same order, each once.
 
 Pace and faults come from ``<run>.faults/``: ``pace`` (seconds a step and a piece of worker's work) and, by slot, what goes wrong
-there: ``<what> <where>``.
+there: ``<what> <where>``. Both are looked at again and again.
 """
 
 from __future__ import annotations
@@ -41,6 +41,13 @@ def pace(run: Run) -> float:
         return 0.05
 
 
+def work(run: Run, paces: int = 1) -> None:
+    """Take as long as the pace says, which the test may change meanwhile."""
+    began = time.monotonic()
+    while time.monotonic() - began < paces * pace(run):
+        time.sleep(0.02)
+
+
 def fault(run: Run, slot: str, where: str) -> None:
     """What the test planned for this slot at this place, once or always."""
     try:
@@ -64,6 +71,8 @@ def fault(run: Run, slot: str, where: str) -> None:
         os._exit(3)
     if what == "hang":
         time.sleep(3600)
+    if what == "pause":
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 # ---------------------------------------------------------------------------------------------- trainer
@@ -95,7 +104,7 @@ class PayloadTrainer:
             for batch in plan.batches(index):
                 if batch.step < self.at.step:
                     continue
-                outcome = self._wait(index, batch.shard)
+                outcome = self._wait(batch)
                 if outcome is None:
                     self._step(batch)
                     outcome = "saved" if self.stop.is_set() else None
@@ -112,47 +121,46 @@ class PayloadTrainer:
         self._policy(plan.rounds)
         return "done"
 
-    def _wait(self, index: int, shard: int) -> str | None:
-        started = time.monotonic()
-        while not shard_is_ready(self.run, index, shard):
-            if time.monotonic() - started > self.run.config.trainer.meta_wait:
-                self._derive()
-            if time.monotonic() - started > self.run.config.trainer.idle_exit:
+    def _wait(self, batch: Any) -> str | None:
+        run, started = self.run, time.monotonic()
+        phi = layout.phi(run.plan.version_at_step(batch.step, run.config.method.meta.lag))
+
+        def is_ready() -> bool:
+            learned = not run.plan.gated[batch.round] or run.records.find(phi) is not None
+            return learned and shard_is_ready(run, batch.round, batch.shard)
+
+        while not is_ready():
+            if time.monotonic() - started > run.config.trainer.meta_wait:
+                self._derive(batch)
+            if time.monotonic() - started > run.config.trainer.idle_exit:
                 return "starved"
-            if self.stop.sleep(0.1):
+            if run.closing(run.incarnation) is not None or self.stop.sleep(0.1):
                 return "saved"
         return None
 
-    def _derive(self) -> None:
+    def _derive(self, batch: Any) -> None:
         """What the real trainer does without a sidecar."""
         from toolkit.exchange import derive  # brings torch
 
-        index = self.at.round
-        derive.publish_phis(self.run, self.run.plan.version_before_round(index))
-        if derive.needs_statistics(self.run.config.method) and not derive.publish_statistics(self.run, index):
+        run, index = self.run, batch.round
+        derive.publish_phis(run, run.plan.version_before_round(index))
+        derive.publish_phis(run, run.plan.version_at_step(batch.step, run.config.method.meta.lag))
+        if derive.needs_statistics(run.config.method) and not derive.publish_statistics(run, index):
             return
-        for shard in range(self.run.plan.shards(index)):
-            derive.publish_requests(self.run, index, shard)
+        for shard in range(run.plan.shards(index)):
+            derive.publish_requests(run, index, shard)
 
     def _step(self, batch: Any) -> None:
         self.heartbeat.working_on = [layout.training(batch.round, batch.shard)]
         fault(self.run, self.slot, f"step-{batch.step}.")
-        time.sleep(pace(self.run))
+        work(self.run)
         run, plan = self.run, self.run.plan
         read = [layout.logprobs(layout.policy_name(batch.round), "offline", batch.round, batch.shard)]
         if plan.gated[batch.round]:
             read.append(layout.requests(batch.round, batch.shard))
             if run.records.require(read[-1]).attributes["sampled"]:
                 read.append(layout.annotations(batch.round, batch.shard))
-            version = plan.version_at_step(batch.step, run.config.method.meta.lag)
-            read.append(layout.phi(version))
-            started = time.monotonic()
-            while run.records.find(layout.phi(version)) is None:
-                if time.monotonic() - started > run.config.trainer.meta_wait:
-                    from toolkit.exchange import derive
-
-                    derive.publish_phis(run, version)
-                time.sleep(0.05)
+            read.append(layout.phi(plan.version_at_step(batch.step, run.config.method.meta.lag)))
         content = hashlib.sha256(f"{self.weights} {batch.step} {batch.start} {batch.stop}".encode())
         for ref in read:
             manifest = run.records.require(ref)
@@ -236,7 +244,7 @@ def worker(run: Run, slot: str, number: int, rank: int, size: int, stop: StopFla
         def _sample(self, index: int, shard: int) -> None:
             ref = layout.responses(index, shard)
             fault(run, slot, str(ref))
-            time.sleep(2 * pace(run))
+            work(run, 2)
             requests = run.records.require(layout.requests(index, shard))
             asked = [row["pair_id"] for row in run.records.table(requests).to_pylist() if row["sampled"]]
             rows = []
@@ -251,7 +259,7 @@ def worker(run: Run, slot: str, number: int, rank: int, size: int, stop: StopFla
         def _annotate(self, index: int, shard: int) -> None:
             ref = layout.annotations(index, shard)
             fault(run, slot, str(ref))
-            time.sleep(pace(run))
+            work(run)
             responses = run.records.require(layout.responses(index, shard))
             samples = self.config.method.sampling.samples
             rows = []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,18 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from devcluster import DevCluster
+from devcluster import DevCluster, DevClusterError
 
 from tests.exchange.conftest import make_config, publish_pairs
 from tests.launch.conftest import World
 from toolkit.exchange import layout, lineage
 from toolkit.exchange.run import Run
 from toolkit.launch.attempts import Attempt, attempts, known_slots
+from toolkit.launch.batch import job_name
+from toolkit.launch.local import processes
 
 ROOT = Path(__file__).parents[2]
 PAYLOAD = f"{sys.executable} -u {Path(__file__).with_name('payload.py')}"
 PAIRS = (4, 16, 16)  # a warm-start round of one shard and two gated rounds of four; two pairs a step
-LEFT_QUEUE = 60.0  # seconds in which the last job must have left it
+PATIENCE = 600.0  # seconds that anything may take on a busy machine
+LEFT_QUEUE = 300.0  # seconds in which the last job must have left it
+HELD = 600.0  # a pace at which a run stands still, and its workers have nothing to do, until the test sets another
 
 
 class PayloadRun:
@@ -82,7 +89,7 @@ class PayloadRun:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=900,
             check=False,
         )
         said = done.stdout + done.stderr
@@ -91,17 +98,16 @@ class PayloadRun:
         )
         return said
 
-    def in_background(self, *arguments: str) -> subprocess.Popen[str]:
-        """The command line, left running on a login node."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "toolkit.cli", *arguments],
-            cwd=ROOT,
-            env=self.cluster.env | {"OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def in_background(self, *arguments: str) -> tuple[subprocess.Popen[bytes], Path]:
+        """The command line, left running on a login node, and the file that it writes to."""
+        output = self.root.with_suffix(".out")
+        with output.open("wb") as file:
+            command = [sys.executable, "-m", "toolkit.cli", *arguments]
+            env = self.cluster.env | {"OMP_NUM_THREADS": "1"}
+            started = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+            )
+        return started, output
 
     def tick(self, code: int | None = 0, path: Path | None = None) -> str:
         return self.metaapo("tick", str(self.root), code=code, path=path)
@@ -110,7 +116,14 @@ class PayloadRun:
         (self.faults / slot).write_text(words)
 
     def set_pace(self, seconds: float) -> None:
+        """Of the work under way too."""
         (self.faults / "pace").write_text(str(seconds))
+
+    def kill(self, slot: str, number: int = 0) -> None:
+        """kill -9 of an attempt's processes. (``scancel --signal=KILL`` ends the job, whose role gets TERM and saves.)"""
+        for pid in processes_of(self.attempts(slot)[number].id):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     # ------------------------------------------------------------------------------------------ looking
 
@@ -126,8 +139,20 @@ class PayloadRun:
         manifest = self.run.records.find(layout.job(slot, number, "start"))
         return None if manifest is None else manifest.attributes
 
+    def queued(self, slot: str, number: int = 0) -> str:
+        """Slurm's id of an attempt's job once Slurm has it: the intent is there before sbatch has answered."""
+        found: list[str] = []
+
+        def is_there() -> bool:
+            names = {job_name(attempt.id) for attempt in self.attempts(slot) if attempt.number == number}
+            found[:] = [job["id"] for job in self.cluster.jobs() if job["name"] in names]
+            return bool(found)
+
+        self.until(is_there, f"{slot} attempt {number} to be in the queue")
+        return found[0]
+
     def job(self, slot: str, number: int = 0) -> str:
-        """Slurm's id of an attempt's job, waited for."""
+        """Slurm's id of an attempt's job once it has started."""
         self.until(lambda: self.started(slot, number), f"{slot} attempt {number} to start")
         facts = self.started(slot, number)
         assert facts is not None and facts["kind"] == "started", facts
@@ -141,7 +166,7 @@ class PayloadRun:
         newest = lineage.newest(Run.open(self.root).records)
         return 0 if newest is None else lineage.progress(newest).step
 
-    def until(self, true: Callable[[], object], what: str = "", timeout: float = 120.0) -> None:
+    def until(self, true: Callable[[], object], what: str = "", timeout: float = PATIENCE) -> None:
         deadline = time.monotonic() + timeout
         while not true():
             if time.monotonic() > deadline:
@@ -153,13 +178,14 @@ class PayloadRun:
         lines = [f"closed: {closing.attributes}" if (closing := Run.open(self.root).closing()) else "open"]
         for attempt in self.every_attempt():
             lines.append(f"{attempt.slot} {attempt.number} {attempt.id} {attempt.outcome} {attempt.death or ''}")
-        lines += [str(job) for job in self.cluster.jobs()]
+        with contextlib.suppress(DevClusterError, subprocess.TimeoutExpired):  # its controller may be away
+            lines += [str(job) for job in self.cluster.jobs()]
         for log in sorted(self.root.glob("logs/*/*/*_log.out")):
             lines.append(f"--- {log.relative_to(self.root)}: " + log.read_text(errors="replace")[-600:])
         return "\n".join(lines)
 
     def names(self) -> set[str]:
-        return {f"metaapo-{attempt.id}" for attempt in self.every_attempt()}
+        return {job_name(attempt.id) for attempt in self.every_attempt()}
 
     def in_queue(self) -> list[str]:
         """This run's jobs that Slurm has not ended."""
@@ -168,7 +194,7 @@ class PayloadRun:
 
     # ------------------------------------------------------------------------------------------ the end
 
-    def finish(self, timeout: float = 240.0) -> None:
+    def finish(self, timeout: float = 900.0) -> None:
         """Wait until the run is closed and its jobs are gone."""
         self.until(lambda: Run.open(self.root).closing(), "the end of the run", timeout)
         closing = Run.open(self.root).closing()
@@ -186,13 +212,13 @@ class PayloadRun:
         if weights is not None:
             assert self.weights() == weights, "the disturbed run learned something else than the undisturbed one"
         if accounting:
-            self.until(self._accounts, "accounting to agree with the attempts", 30)
+            self.until(self._accounts, "accounting to agree with the attempts", 120)
 
     def _accounts(self) -> bool:
         ours = self.names()
         rows = [row for row in self.cluster.sacct("JobIDRaw", "JobName", "State") if row["JobName"] in ours]
         started = {
-            (f"metaapo-{attempt.id}", str(attempt.start.attributes["job"]))
+            (job_name(attempt.id), str(attempt.start.attributes["job"]))
             for attempt in self.every_attempt()
             if attempt.start is not None and attempt.start.attributes["kind"] == "started"
         }
@@ -203,8 +229,6 @@ class PayloadRun:
 
 def shim(folder: Path, program: str, text: str) -> Path:
     """A folder with a script in place of one of Slurm's commands; ``$REAL`` in it is the real one. For PATH."""
-    import shutil
-
     folder.mkdir(parents=True, exist_ok=True)
     real = shutil.which(program)
     path = folder / program
@@ -219,12 +243,4 @@ def environment_of(pid: int) -> bytes:
 
 def processes_of(attempt: str) -> list[int]:
     """Processes of an attempt on this machine."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                if f"METAAPO_ATTEMPT={attempt}".encode() in environment_of(int(entry.name)):
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
+    return processes([attempt])[attempt]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import pytest
 from devcluster import DevCluster
 
 from tests.e2e.conftest import SMALL, toy_world, weight_digests
-from tests.slurm.runs import ROOT, PayloadRun, processes_of
+from tests.slurm.runs import ROOT, PayloadRun, environment_of, processes_of
 from toolkit.exchange import layout, lineage
 from toolkit.exchange.run import Run
 from toolkit.launch.attempts import attempts
@@ -40,7 +41,7 @@ class RealRun(PayloadRun):
         if by_sbatch:
             output, script = root.with_suffix(".out"), ROOT / "slurm" / "metaapo.sbatch"
             command = ["sbatch", "--wait", f"--output={output}", str(script), *overrides]
-            done = subprocess.run(command, env=on.env | {"METAAPO_VENV": sys.prefix}, check=False, timeout=200)
+            done = subprocess.run(command, env=on.env | {"METAAPO_VENV": sys.prefix}, check=False, timeout=900)
             assert done.returncode == 0, output.read_text()
         else:
             self.metaapo("launch", *overrides)
@@ -55,6 +56,13 @@ class RealRun(PayloadRun):
             if (self.run.records.require(layout.policy(version)).directory).exists():
                 digests = [weight_digests(run, version) for run in (self.run, replayed)]
                 assert digests[0] == digests[1] and digests[0], f"policy {version} differs"
+
+
+def send(pids: list[int], name: signal.Signals) -> None:
+    """A signal to those that are still there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, name)
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +90,18 @@ def test_an_undisturbed_run(site: DevCluster, toy_world: Path, tmp_path: Path) -
 def test_a_run_that_suffers(new_cluster: Callable[..., DevCluster], toy_world: Path, tmp_path: Path) -> None:
     """In turn: workers preempted, the trainer killed, its node crashed, the sidecar cancelled, the controller killed."""
     site = new_cluster(nodes=4, SlurmdTimeout=5, MessageTimeout=3)
-    run = RealRun(site, tmp_path / "run", toy_world, *SMALL[1:], *PATIENT)
+    # A node for each worker: else its neighbour stays, and the other job waits.
+    run = RealRun(site, tmp_path / "run", toy_world, *SMALL[1:], *PATIENT, "cluster.worker.cpus_per_task=4")
     run.job("worker-000")
     node = str(run.started("worker-000")["nodes"])
     run.until(lambda: run.run.records.find(layout.requests(1, 0)), "the first gate decisions")
     site.run("sbatch", "--partition=high", f"--nodelist={node}", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    run.until(lambda: run.attempts("worker-000")[0].over, "its preemption")
 
     run.until(lambda: run.steps() >= 2, "a checkpoint")
     trainer = run.attempts("trainer")[-1]
-    os.kill(processes_of(trainer.id)[-1], signal.SIGKILL)
+    last = [pid for pid in processes_of(trainer.id) if b"SLURM_PROCID=3" in environment_of(pid).split(b"\0")]
+    os.kill(last[0], signal.SIGKILL)
     run.until(lambda: len(run.attempts("trainer")) == 2, "the next trainer")
 
     run.job("trainer", 1)
@@ -98,14 +109,14 @@ def test_a_run_that_suffers(new_cluster: Callable[..., DevCluster], toy_world: P
     run.until(lambda: run.steps() > at, "progress")
     crashed = site.run("scontrol", "show", "hostnames", str(run.started("trainer", 1)["nodes"])).stdout.split()[-1]
     site.crash_node(crashed)
-    run.until(lambda: len(run.attempts("trainer")) == 3, "a third trainer", 120)
+    run.until(lambda: len(run.attempts("trainer")) == 3, "a third trainer")
     site.start_node(crashed)
 
     newest = len(run.attempts("sidecar")) - 1
     running = [attempt for attempt in run.attempts("sidecar") if attempt.outcome == "running"]
     assert running, newest
     site.run("scancel", str(running[-1].start.attributes["job"]))
-    run.until(lambda: run.steps() > at + 2, "more progress", 200)
+    run.until(lambda: run.steps() > at + 2, "more progress")
     site.kill_controller()
     time.sleep(5)
     site.start_controller()
@@ -125,15 +136,13 @@ def test_a_split_brain(new_cluster: Callable[..., DevCluster], toy_world: Path, 
     run = RealRun(site, tmp_path / "run", toy_world, *SMALL[1:], *PATIENT, "trainer.pipeline=1")
     run.until(lambda: run.steps() >= 2, "a checkpoint")
     old = run.attempts("trainer")[0]
-    for pid in processes_of(old.id):  # so that it is still there when its successor is
-        os.kill(pid, signal.SIGSTOP)
+    send(processes_of(old.id), signal.SIGSTOP)  # so that it is still there when its successor is
     site.kill_slurmd(str(run.started("trainer")["nodes"]))
     at = run.steps()
-    run.until(lambda: run.steps() > at and len(run.attempts("trainer")) > 1, "the second trainer's checkpoint", 120)
+    run.until(lambda: run.steps() > at and len(run.attempts("trainer")) > 1, "the second trainer's checkpoint")
     assert processes_of(old.id), "the first one lives on"
-    for pid in processes_of(old.id):
-        os.kill(pid, signal.SIGCONT)
-    run.until(lambda: not processes_of(old.id), "the old one to be fenced", 120)
+    send(processes_of(old.id), signal.SIGCONT)
+    run.until(lambda: not processes_of(old.id), "the old one to be fenced")
     run.assert_sound()
     run.assert_replayed()
 
@@ -159,18 +168,13 @@ def test_soak(new_cluster: Callable[..., DevCluster], toy_world: Path, tmp_path:
         print(f"{deed} {slot} attempt {living[-1].number} (job {facts['job']} on {facts['nodes']})")
         pids = processes_of(living[-1].id)
         if deed == "kill" and pids:
-            os.kill(chance.choice(pids), signal.SIGKILL)
+            send([chance.choice(pids)], signal.SIGKILL)
         elif deed == "cancel":
             site.run("scancel", str(facts["job"]), check=False)
         elif deed == "pause":
-            for pid in pids:
-                os.kill(pid, signal.SIGSTOP)
+            send(pids, signal.SIGSTOP)
             time.sleep(chance.uniform(1, 8))
-            for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGCONT)
-                except ProcessLookupError:
-                    continue
+            send(pids, signal.SIGCONT)
         elif not down:  # one node at a time
             node = site.run("scontrol", "show", "hostnames", str(facts["nodes"])).stdout.split()[0]
             (site.crash_node if deed == "crash" else site.kill_slurmd)(node)
@@ -180,7 +184,7 @@ def test_soak(new_cluster: Callable[..., DevCluster], toy_world: Path, tmp_path:
             site.start_node(down.pop())
     for node in down:
         site.start_node(node)
-    run.until(lambda: Run.open(run.root).closing(), "the end", 400)
+    run.until(lambda: Run.open(run.root).closing(), "the end", 3600)
     run.assert_sound()
     run.assert_replayed()
     print(

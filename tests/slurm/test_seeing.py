@@ -48,14 +48,14 @@ def test_a_program_that_is_not_there_is_found_in_the_log_of_an_attempt_that_neve
     run.until(closed, "the run to be given up")
     found = explained(run)["program not found"]
     assert {(entry["slot"], entry["number"]) for entry in found["attempts"]} == {("trainer", 0), ("trainer", 1)}
-    assert "execve(): /no/such/python: No such file or directory" in found["lines"][0]["text"]
+    assert "/no/such/python: " in found["lines"][0]["text"]
     assert "cluster.trainer.python=" in found["advice"]
     assert found["lines"][0]["file"] in run.metaapo("logs", str(run.root), "trainer", "--list")
     assert "deaths 2 crash" in run.metaapo("status", str(run.root), "--refresh")
 
 
 def test_the_signal_that_ended_a_rank_is_told(make: Callable[..., PayloadRun]) -> None:
-    run = make(step=1.0)
+    run = make(step=3.0)
     run.tick()
     run.cluster.run("scancel", "--signal=11", run.job("worker-000"))
     run.until(lambda: "died" in run.outcomes("worker-000"), "the death to be seen")

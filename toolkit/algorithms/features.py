@@ -47,7 +47,7 @@ def feature(margin: Tensor, kind: str, beta: float, statistics: FeatureStatistic
     """Features s ``(N,)`` of unscaled margins Δ ``(N,)`` in nats, in the dtype of ``margin``.
 
     ``log_sigmoid_beta``: log σ(βΔ), the DPO score of the MetaAPO paper (arXiv 2509.23371). ``log_sigmoid``: log σ(Δ),
-    what the official code computes. ``standardised``: (clip(log σ(βΔ)) − mean) / std with the round's ``statistics``.
+    what the official code computes for DPO and IPO. ``standardised``: (clip(log σ(βΔ)) − mean) / std with the round's ``statistics``.
     Pass float64 margins for a gate: its decisions then do not hang on the width of the machine's vectors.
 
     Raises ``UserError`` for an unknown kind and ``ValueError`` if ``standardised`` has no statistics.

@@ -14,15 +14,56 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from toolkit.algorithms import draws, weighting
+from toolkit.algorithms import draws, features, weighting
 from toolkit.algorithms.features import FeatureStatistics
-from toolkit.algorithms.presets import MetaSettings
+from toolkit.algorithms.registry import check_integer, check_number
 from toolkit.errors import UserError, unknown
 
 BETAS = (0.9, 0.999)
 GRADIENT_CLIP = 1.0
 
+_CHOICES = {"init": ("constant", "random"), "feature": features.KINDS, "remainder": ("update", "discard")}
 _GROUPS = ("parameters", "first_moments", "second_moments")
+
+
+@dataclass(frozen=True)
+class MetaSettings:
+    """Settings of the meta-learner and of its updates. The defaults are those of the paper, arXiv 2509.23371, as far as it says.
+
+    ``configs/method/`` names whole sets of them. Raises ``UserError`` for a bad value.
+    """
+
+    # the function h_φ
+    init: str = "constant"  # of h's parameters: the official constant 0.1, or random around w = σ(s)
+    hidden: int = 100  # tanh units
+    clamp: float = 0.0  # keeps w within [clamp, 1 − clamp]
+    feature: str = "log_sigmoid_beta"  # the kind of s, see features.KINDS
+
+    # an update of φ
+    learning_rate: float = 5e-3
+    weight_decay: float = 1e-4  # on weights, not on biases
+    epochs: int = 1  # passes over the meta batch
+    minibatch: int | None = None  # rows of one Adam step; None: all rows of the meta batch
+
+    # when φ is updated and used
+    interval: int = 8  # policy steps between two boundaries (T_meta)
+    remainder: str = "update"  # the rows after a round's last whole interval: a boundary of their own, or thrown away
+    lag: int = 1  # the weight at boundary k uses version k − lag
+    exploration: float = 0.0  # least probability of sampling a prompt, see gates.MetaGate
+
+    def __post_init__(self) -> None:
+        for name, valid in _CHOICES.items():
+            if getattr(self, name) not in valid:
+                raise unknown(name, getattr(self, name), valid)
+        for name in ("hidden", "epochs", "interval"):
+            check_integer(name, getattr(self, name), minimum=1)
+        check_integer("lag", self.lag, minimum=0)
+        if self.minibatch is not None:
+            check_integer("minibatch", self.minibatch, minimum=1)
+        check_number("clamp", self.clamp, "in [0, 0.5)", minimum=0, below=0.5)
+        check_number("exploration", self.exploration, "in [0, 1)", minimum=0, below=1)
+        check_number("learning_rate", self.learning_rate, "a number > 0", above=0)
+        check_number("weight_decay", self.weight_decay, "a number >= 0", minimum=0)
 
 
 class MetaLearner(nn.Module):

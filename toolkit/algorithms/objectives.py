@@ -1,6 +1,6 @@
 """Preference objectives: from the log-probs of B pairs to B losses (lower is better).
 
-A new objective is one frozen dataclass and one line of ``_OBJECTIVES``.
+A new objective is one frozen dataclass and one line of ``OBJECTIVES``.
 """
 
 from __future__ import annotations
@@ -67,17 +67,12 @@ class Objective(Protocol):
         """Losses ``(B,)`` in the dtype of ``pairs.chosen``."""
 
 
-def names() -> list[str]:
-    """The registered objectives."""
-    return sorted(_OBJECTIVES)
-
-
 def get(name: str, **parameters: Any) -> Objective:
     """The objective ``name`` with its parameters.
 
     Raises ``UserError`` for an unknown name or parameter (the valid ones are listed) or a value out of range.
     """
-    return build("objective", _OBJECTIVES, name, parameters)
+    return build("objective", OBJECTIVES, name, parameters)
 
 
 class _ReferenceObjective:
@@ -185,7 +180,7 @@ def _token_mean(log_probs: Tensor, tokens: Tensor) -> Tensor:
     return log_probs / tokens.clamp(min=1)
 
 
-_OBJECTIVES: dict[str, type] = {
+OBJECTIVES: dict[str, type] = {
     "dpo": Dpo,
     "ipo": Ipo,
     "ipo_sum": IpoSum,

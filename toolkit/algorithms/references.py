@@ -64,7 +64,8 @@ def validate(
             f"gate {gate_kind!r} has no round to act in: rounds={rounds} and warm_start={warm_start}; "
             "set rounds to 2 or more, or gate=none"
         )
-    equal = gate_reference == "behaviour" or (initial_is_policy and list(gated) == [0])
+    starts_equal = initial_is_policy or gate_reference == "ema"  # the average starts as the policy
+    equal = gate_reference == "behaviour" or (starts_equal and list(gated) == [0])
     if needs_reference and equal:
         remedy = (
             "take another gate reference (initial, previous, ema; the loss reference can stay)"

@@ -9,7 +9,8 @@ hh_rlhf     ``chosen``, ``rejected``: transcripts ``\\n\\nHuman: … \\n\\nAssis
 =========== ====================================================================================================
 
 A row that is not what its format says stops everything, with file, row and column. A row that can be read but is no
-pair, because its two conversations part before the last turn, is left out with the reason ``different_prompts``.
+pair is left out, with the reason ``different_prompts`` (its two conversations part before the last turn) or
+``no_answer`` (a transcript ends with the human's turn).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:  # the roles read conversations, not files: they need not have
 
 Message = dict[str, str]  # {"role", "content"}
 Row = Mapping[str, Any]
-Parsed = tuple[list[Message] | None, str, str]  # prompt (None: chosen and rejected have different ones), answers
+Parsed = tuple[list[Message], str, str]  # prompt, chosen, rejected
 
 COLUMNS = ("prompt", "chosen", "rejected")
 PEEK = 100  # rows looked at to tell the format
@@ -60,6 +61,10 @@ class _Unreadable(Exception):
     """(column, what was found and what expected)"""
 
 
+class _NoPair(Exception):
+    """(reason, detail)"""
+
+
 def prompt_id(prompt: list[Message]) -> str:
     """16 hex digits that name a prompt: its roles and contents, surrounding whitespace apart (templates trim it)."""
     turns = [[message["role"], message["content"].strip()] for message in prompt]
@@ -88,8 +93,8 @@ def read_pairs(source: Source, format: str = "auto") -> Iterator[Pair | Dropped]
         except _Unreadable as error:
             column, found = error.args
             raise UserError(f"{source.name} row {number} (counted from 0), column {column}: {found}") from None
-        if prompt is None:
-            yield Dropped(number, "different_prompts", "chosen and rejected part before their last turn")
+        except _NoPair as error:
+            yield Dropped(number, *error.args)
         else:
             yield Pair(number, prompt, chosen, rejected)
 
@@ -107,7 +112,7 @@ def detect(source: Source) -> str:
             fits.add("messages")
         elif isinstance(chosen, str) and isinstance(rejected, str):
             start = chosen if prompt is None else prompt
-            if isinstance(start, str) and start.startswith("\n\nHuman:"):
+            if isinstance(start, str) and SPEAKER.match(start):
                 fits.add("hh_rlhf")
             elif isinstance(prompt, str):
                 fits.add("strings")
@@ -147,15 +152,27 @@ def _hh_rlhf(row: Row) -> Parsed:
 
     def conversation(column: str) -> list[Message]:
         text = _text(row.get(column), column)
-        start, *parts = SPEAKER.split(text if text.startswith(before) else before + text)
-        if start.strip() or not parts:
-            raise _Unreadable(column, f"starts with {_shown(text)}; expected a transcript '\\n\\nHuman: …'")
-        return [
-            {"role": SPEAKERS[speaker], "content": content.strip()}
-            for speaker, content in zip(parts[::2], parts[1::2], strict=True)
-        ]
+        if text.lstrip().startswith(before.strip()):
+            turns = _transcript(text, column)
+        else:  # the answer alone: what stands in it, even a speaker's name, is the answer's
+            turns = _transcript(before, "prompt")
+            opened = turns.pop()["content"] if turns[-1]["role"] == "assistant" else ""
+            turns.append({"role": "assistant", "content": (opened + text).strip()})
+        if turns[-1]["role"] == "user":
+            raise _NoPair("no_answer", f"{column} ends with the human's turn")
+        return turns
 
     return _split(conversation("chosen"), conversation("rejected"))
+
+
+def _transcript(text: str, column: str) -> list[Message]:
+    start, *parts = SPEAKER.split(text)
+    if start.strip() or not parts:
+        raise _Unreadable(column, f"starts with {_shown(text)}; expected a transcript '\\n\\nHuman: …'")
+    return [
+        {"role": SPEAKERS[speaker], "content": content.strip()}
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 
 def _split(chosen: list[Message], rejected: list[Message]) -> Parsed:
@@ -163,8 +180,9 @@ def _split(chosen: list[Message], rejected: list[Message]) -> Parsed:
     for column, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1]["role"] != "assistant":
             raise _Unreadable(column, f"the last turn is of role {turns[-1]['role']!r}; expected 'assistant'")
-    prompt = chosen[:-1] if chosen[:-1] == rejected[:-1] else None
-    return prompt, chosen[-1]["content"], rejected[-1]["content"]
+    if chosen[:-1] != rejected[:-1]:
+        raise _NoPair("different_prompts", "chosen and rejected part before their last turn")
+    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
 
 
 def _turns(value: object, column: str) -> list[Message]:

@@ -24,6 +24,7 @@ MODEL_FILES = [
     "chat_template.*",
 ]
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+DATA_FILE = re.compile(r"\.(parquet|arrow|jsonl?(\.gz|\.zst)?)$")
 MODELS = ("model.policy", "model.reference", "reward.model", "evaluation.reward")
 
 
@@ -58,8 +59,8 @@ def fetch(config: Config, to: Path, say: Callable[[str], object] = print) -> dic
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a path of the configuration names something on the Hub: ``owner/name``, and no file or folder here."""
-    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    """Whether a path of the configuration names something on the Hub: ``owner/name``, no data file, nothing that is here."""
+    return HUB_ID.fullmatch(name) is not None and DATA_FILE.search(name) is None and not Path(name).exists()
 
 
 def _model(key: str, name: str, folder: Path) -> None:
@@ -94,7 +95,9 @@ def _data(name: str, split: str, file: Path) -> None:
 
 
 def _lacking(error: ImportError) -> UserError:
-    return UserError(f"prefetch needs {error.name}, which is not installed here: pip install 'metaapo[trainer]'")
+    return UserError(
+        f"prefetch needs {error.name}, which is not installed here; in a clone of this project: pip install '.[trainer]'"
+    )
 
 
 def _refused(key: str, name: str, error: Exception) -> UserError:

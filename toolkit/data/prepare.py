@@ -5,6 +5,7 @@ prompt, or a row of the dropped table with its reason:
 
 ================= ================================================================================
 different_prompts chosen and rejected do not share their prompt (told by the format's reader)
+no_answer         a transcript ends with the human's turn (told by the format's reader)
 empty             prompt, chosen or rejected is blank
 template          the chat template refuses the conversation
 too_long          more than ``max_prompt_tokens``, or prompt and a response more than ``max_tokens``
@@ -49,7 +50,7 @@ class PrepareSettings:
         warm_start_pairs: its size, a multiple of ``global_batch``; None: as many as any other round.
         shard_size: a multiple of ``global_batch``.
         max_tokens: of prompt and response together.
-        heldout_prompts: how many prompts are kept for evaluation; a value in (0, 1) is the share of all prompts.
+        heldout_prompts: how many prompts are kept for evaluation.
         max_pairs: at most so many training pairs; None: all.
 
     Raises:
@@ -62,7 +63,7 @@ class PrepareSettings:
     shard_size: int
     max_prompt_tokens: int
     max_tokens: int
-    heldout_prompts: int | float
+    heldout_prompts: int
     warm_start: bool = False
     warm_start_pairs: int | None = None
     max_pairs: int | None = None
@@ -294,13 +295,11 @@ def _hold_out(kept: pa.Table, settings: PrepareSettings) -> tuple[np.ndarray, np
     prompts = kept["prompt_id"].to_pylist()
     distinct = list(dict.fromkeys(prompts))
     count = settings.heldout_prompts
-    if 0 < count < 1:
-        count = max(1, round(count * len(distinct)))
     if count >= len(distinct) > 0:
         raise UserError(
             f"heldout_prompts asks for {count} of {len(distinct)} different prompts; nothing would be left to train on"
         )
-    held = {distinct[index] for index in draws.permutation(settings.seed, distinct)[: int(count)]}
+    held = {distinct[index] for index in draws.permutation(settings.seed, distinct)[:count]}
     heldout: dict[str, int] = {}
     training: list[int] = []
     dropped: list[Dropped] = []

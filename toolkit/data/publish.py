@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from toolkit.data.formats import read_pairs
+from toolkit.data.prepare import PrepareSettings, prepare_pairs
+from toolkit.data.sources import load
+from toolkit.data.template import ChatTokenizer
 from toolkit.exchange import layout, tables
 from toolkit.exchange.records import Manifest
 from toolkit.exchange.run import Run
@@ -21,11 +25,6 @@ def prepare_run(run: Run, progress: Callable[[int], None] | None = None) -> Mani
     existing = run.records.find(layout.PAIRS)
     if existing is not None:
         return existing
-    from toolkit.data.formats import read_pairs
-    from toolkit.data.prepare import PrepareSettings, prepare_pairs
-    from toolkit.data.sources import load
-    from toolkit.data.template import ChatTokenizer
-
     config, method = run.config, run.config.method
     source = load(config.data.path, split=config.data.split, limit=config.data.limit)
     tokenizer = ChatTokenizer(config.model.policy, config.model.template_arguments)

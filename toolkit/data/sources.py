@@ -19,11 +19,11 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from toolkit.data.prefetch import DATA_FILE, is_hub_id
 from toolkit.errors import UserError
 
 TABLE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 JSON_NAME = re.compile(r"\.jsonl?(\.gz|\.zst)?$")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SUFFIXES = ".parquet, .arrow, .json, .jsonl (the last two also .gz or .zst)"
 
 
@@ -31,8 +31,7 @@ SUFFIXES = ".parquet, .arrow, .json, .jsonl (the last two also .gz or .zst)"
 class Source:
     """The rows of a source and what identifies them.
 
-    ``digest`` is the SHA-256 of a file's bytes, or of a hub dataset's id, configuration, split, revision and
-    fingerprint; ``name`` is what messages call it.
+    ``digest`` is the SHA-256 of a file's bytes, or of a hub dataset's id, split and fingerprint; ``name`` is what messages call it.
     """
 
     name: str
@@ -64,15 +63,13 @@ def load(
     location: str | Path,
     *,
     split: str = "train",
-    config: str | None = None,
-    revision: str | None = None,
     cache_dir: Path | None = None,
     limit: int | None = None,
 ) -> Source:
     """The source at ``location``: a Parquet, Arrow or JSON (lines) file, or a Hugging Face dataset id ``owner/name``.
 
     Args:
-        split, config, revision: of a dataset id; a file has none.
+        split: of a dataset id, which must have one configuration only; a file has none.
         cache_dir: where ``datasets`` keeps its Arrow files. A local file never touches the network.
         limit: take the first ``limit`` rows only.
 
@@ -80,11 +77,10 @@ def load(
         UserError: nothing there, an unknown kind of file, unreadable content, no rows.
     """
     path = Path(location)
-    is_file_name = path.suffix in TABLE_BUILDERS or JSON_NAME.search(path.name) is not None
-    if path.exists() or is_file_name:
+    if is_hub_id(str(location)):
+        source = _load_hub(str(location), split, cache_dir)
+    elif path.exists() or DATA_FILE.search(path.name):
         source = _load_file(path, cache_dir)
-    elif HUB_ID.fullmatch(str(location)):
-        source = _load_hub(str(location), split, config, revision, cache_dir)
     else:
         raise UserError(f"no data at {location}: expected a file ({SUFFIXES}) or a Hugging Face dataset id owner/name")
     if not len(source):
@@ -114,10 +110,10 @@ def _load_file(path: Path, cache_dir: Path | None) -> Source:
     return Source(str(path), digest, columns, table)
 
 
-def _load_hub(name: str, split: str, config: str | None, revision: str | None, cache_dir: Path | None) -> Source:
-    table = _load_dataset(name, name, name=config, split=split, revision=revision, cache_dir=cache_dir)
+def _load_hub(name: str, split: str, cache_dir: Path | None) -> Source:
+    table = _load_dataset(name, name, split=split, cache_dir=cache_dir)
     # The fingerprint of a freshly loaded split covers the resolved commit of its files, not this machine's paths.
-    identity = json.dumps([name, config, split, revision, table._fingerprint])
+    identity = json.dumps([name, split, table._fingerprint])
     digest = hashlib.sha256(identity.encode()).hexdigest()
     return Source(f"{name} [{split}]", digest, tuple(table.column_names), table)
 
@@ -127,8 +123,13 @@ def _load_dataset(shown: str, builder: str, cache_dir: Path | None, **options: A
         return datasets.load_dataset(builder, cache_dir=None if cache_dir is None else str(cache_dir), **options)
     except StopIteration:  # how `datasets` reports a file without rows
         raise UserError(f"{shown} holds no rows") from None
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        hint = "" if "data_files" in options else "; without internet here, fetch it into the cache elsewhere first"
+    # RuntimeError: a dataset made by a script, which `datasets` does not run
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        hint = (
+            "; without internet here, fetch it into the cache elsewhere first. If it has several configurations, or is made by "
+            "a script, export the rows wanted to Parquet and name that file"
+        )
+        hint = "" if "data_files" in options else hint
         raise UserError(f"cannot read {shown}: {error.__cause__ or error}{hint}") from error
 
 
@@ -141,7 +142,7 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     rows: list[Any] = []
     line = 0
     try:
-        with pa.input_stream(path) as raw, io.TextIOWrapper(raw, encoding="utf-8") as text:
+        with pa.input_stream(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as text:
             for content in text:
                 line += 1
                 if not rows and content.lstrip().startswith("["):

@@ -167,17 +167,9 @@ class ChatTokenizer(ChatTemplate):
                 "block of their own, set template_arguments (enable_thinking: false for Qwen3)",
             )
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the conversation and the generation prompt. Raises: TemplateRefusal."""
-        return self.encode_rendered([self.render(messages, generation_prompt=True)])[0]
-
     def encode_responses(self, contents: Sequence[str]) -> list[list[int]]:
         """Token ids of each content, and the end-of-turn id after them."""
         return [[*ids, self.end_of_turn] for ids in self._encode(contents, split_special_tokens=True)]
-
-    def encode_response(self, content: str) -> list[int]:
-        """Token ids of the content, and the end-of-turn id after them."""
-        return self.encode_responses([content])[0]
 
     def _answered(self, prompt: list[Message]) -> tuple[str, int]:
         """(text between generation prompt and answer, id of the special token after the answer)."""

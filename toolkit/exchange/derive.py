@@ -139,6 +139,8 @@ def publish_statistics(run: Run, round_index: int) -> bool:
     ref = layout.statistics(round_index)
     if run.records.find(ref) is not None:
         return True
+    if _scores(run, round_index, run.plan.shards(round_index) - 1) is None:
+        return False  # the last to be published: till then the others need no look
     computed = scored_statistics(run, round_index)
     if computed is None:
         return False

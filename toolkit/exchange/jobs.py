@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolkit.errors import UserError
 from toolkit.exchange import filesystem, layout, series
 from toolkit.exchange.records import Manifest, Records, Ref
 
@@ -97,18 +98,19 @@ class Heartbeat:
 
         def keep() -> None:
             while True:
-                with contextlib.suppress(OSError):  # a full disk is met where something is published
-                    self.beat()
+                self.beat()
                 time.sleep(every)
 
         threading.Thread(target=keep, daemon=True).start()
 
     def beat(self) -> None:
+        """Count on. It is a hint: where it can't be written nothing is lost, and a full disk is met where something is published."""
         self.counter += 1
         path = self.root / "heartbeats" / f"{self.slot}.json"
-        path.parent.mkdir(exist_ok=True)
         body = {"attempt": self.attempt, "counter": self.counter, "working_on": self.working_on}
-        filesystem.replace(path, json.dumps(body).encode())
+        with contextlib.suppress(OSError, UserError):
+            path.parent.mkdir(exist_ok=True)
+            filesystem.replace(path, json.dumps(body).encode())
 
 
 def claims(root: Path, slot: str, attempt: str) -> list[str]:

@@ -105,6 +105,11 @@ def condemned(number: int) -> Ref:
     return Ref("condemned", f"{number:04d}")
 
 
+def deletion(name: str) -> Ref:
+    """The announcement that a record's files, or a directory that is no record's, are removed."""
+    return Ref("deletions", name.replace("/", "~"))
+
+
 def job(slot: str, number: int, event: str) -> Ref:
     """``event``: ``intent`` (whoever publishes it may submit, once), ``start`` (or voided), ``end``."""
     return Ref(f"jobs/{slot}", f"{number:04d}.{event}")

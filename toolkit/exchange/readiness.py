@@ -22,14 +22,14 @@ def trainer_has_work(run: Run) -> bool:
     if run.finished():
         return False
     newest = lineage.newest(run.records)
-    if newest is None:
-        return True
+    if newest is None or run.records.find(layout.PAIRS) is None:
+        return True  # pairs that were condemned are to be prepared again
     at = lineage.progress(newest)
     if run.records.find(layout.policy(at.round)) is None:
         return True  # a policy to publish, the last one among them
     batch = next(batch for batch in run.plan.batches(at.round) if batch.step == at.step)
-    if run.records.find(layout.logprobs(layout.policy_name(at.round), "offline", at.round, batch.shard)) is None:
-        return True  # scores to compute
+    if run.plan.gated[at.round] and run.records.find(layout.requests(at.round, batch.shard)) is None:
+        return True  # scores or decisions are missing, which a trainer makes both
     return shard_is_ready(run, at.round, batch.shard)
 
 
@@ -38,10 +38,9 @@ def workers_have_work(run: Run) -> bool:
     version = run.newest_policy()
     if version is None or run.records.find(layout.PAIRS) is None:
         return False
-    find = run.records.find
-    if run.config.evaluates and any(find(layout.evaluation(older)) is None for older in range(version + 1)):
+    if run.unevaluated():
         return True
     return version < run.plan.rounds and any(
-        find(layout.requests(version, shard)) is not None and not shard_is_ready(run, version, shard)
+        run.records.find(layout.requests(version, shard)) is not None and not shard_is_ready(run, version, shard)
         for shard in range(run.plan.shards(version))
     )

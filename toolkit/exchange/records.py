@@ -7,6 +7,7 @@ tombstone ``<name>.g0.tombstone.json``, and the valid record is the lowest gener
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import secrets
@@ -38,6 +39,10 @@ class Corrupt(UserError):
 
 class Superseded(UserError):
     """This process acts for an attempt or incarnation that is over; what it was about to publish is not wanted any more."""
+
+
+class Closed(Superseded):
+    """The run was closed under this process: it may still say farewell, by a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -262,15 +267,15 @@ class Records:
         return self.require(ref), False
 
     def _check_remade(self, directory: Path, ref: Ref, generation: int, files: Sequence[File]) -> None:
-        """A record that a kept checkpoint consumed may only be re-made to the same bytes."""
+        """A record that a checkpoint consumed, or others were made from, may only be re-made to the same bytes."""
         if generation == 0:
             return
         path = directory / f"{ref.name}.g{generation - 1}.tombstone.json"
         required = decode(path, path.read_bytes()).attributes.get("must_equal")
         if required is not None and sorted(entry.digest for entry in files) != sorted(required):
             raise UserError(
-                f"record {ref} was damaged after a checkpoint had consumed it, and making it again gave other bytes. "
-                f"`metaapo explain {self.root}` names the checkpoint to go back to."
+                f"record {ref} was damaged after others were made from it, and making it again gave other bytes: this run can't go "
+                f"on. Its policies stay usable: metaapo launch run=NEW model.policy=POLICY with a folder of {self.root}/policies."
             )
 
     def table(self, manifest: Manifest, row_group: int | None = None) -> pa.Table:
@@ -293,7 +298,7 @@ class Records:
         """Publish the tombstone of a damaged record (only the tick does this).
 
         Args:
-            must_equal: digests that a re-made record must have, when a checkpoint consumed the damaged one.
+            must_equal: digests that a re-made record must have, when others were made from the damaged one.
         """
         generation = int(manifest_path.name.removesuffix(".json").rpartition(".g")[2])
         attributes = {
@@ -313,14 +318,18 @@ class Records:
 
 
 def check(manifest: Manifest, entry: File) -> None:
-    """Raise `Corrupt` unless the data file exists with the size and digest that the manifest states."""
+    """Raise `Corrupt` unless the data file exists and can be read with the size and digest that the manifest states."""
     path = manifest.directory / entry.path
     try:
         size = path.stat().st_size
+        if size != entry.bytes:
+            raise Corrupt(manifest.path, f"its file {entry.path} has {size} bytes, expected {entry.bytes}")
+        found = filesystem.digest(path)
     except FileNotFoundError:
         raise Corrupt(manifest.path, f"its file {entry.path} is missing") from None
-    if size != entry.bytes:
-        raise Corrupt(manifest.path, f"its file {entry.path} has {size} bytes, expected {entry.bytes}")
-    found = filesystem.digest(path)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise Corrupt(manifest.path, f"its file {entry.path} cannot be read: {error.strerror}") from error
     if found != entry.digest:
         raise Corrupt(manifest.path, f"its file {entry.path} has digest {found}, expected {entry.digest}")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from pathlib import Path
 
 from toolkit.exchange import filesystem, layout, lineage, retention
-from toolkit.exchange.records import Corrupt, Manifest, Ref, check, decode
+from toolkit.exchange.records import Corrupt, Ref, check, decode
 from toolkit.exchange.run import Run
+
+# Where the scores and the annotations of shards lie.
+SHARD = re.compile(r"rounds/(?P<round>\d+)/(logprobs/[^/]+/(?P<half>offline)|annotations)/\d+")
 
 
 def report(run: Run, corrupt: Corrupt) -> None:
@@ -23,7 +27,8 @@ def report(run: Run, corrupt: Corrupt) -> None:
 def condemn_reported(run: Run) -> list[str]:
     """Look at every reported record and condemn the damaged ones (only the tick does this).
 
-    A record that a checkpoint of the lineage consumed may only be re-made to the same bytes: its tombstone says which.
+    A record that a checkpoint of the lineage consumed, or that others were made from, may only be re-made to the same bytes: its
+    tombstone says which. Where a second damaged record stands in the way of finding that out, it is reported and comes first.
 
     Returns:
         What was condemned, a line each.
@@ -36,11 +41,15 @@ def condemn_reported(run: Run) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError):
             continue
         detail, ref = damage(path), ref_of(run.root, path)
-        if detail is not None and not retention.is_deleted(run, ref):
-            if not _is_condemned(path):
-                run.records.condemn(path, ref, "damaged", detail, _required(run, ref, path))
-                condemned.append(f"{ref}: {detail}")
-            _announce(run, ref, detail)  # also if a tick condemned it that died before it could say so
+        try:
+            if detail is not None and not retention.is_deleted(run, ref):
+                if not _is_condemned(path):
+                    run.records.condemn(path, ref, "damaged", detail, _required(run, ref, path))
+                    condemned.append(f"{ref}: {detail}")
+                _announce(run, ref, detail)  # also if a tick condemned it that died before it could say so
+        except Corrupt as other:
+            report(run, other)
+            continue
         with contextlib.suppress(OSError):
             note.unlink()
     return condemned
@@ -93,11 +102,29 @@ def _is_condemned(manifest_path: Path) -> bool:
 
 
 def _required(run: Run, ref: Ref, path: Path) -> list[str] | None:
-    """The file digests a re-made record must have, if a checkpoint consumed this one."""
-    if not any(str(ref) in manifest.attributes["consumed"] for manifest in lineage.chain(run.records)):
+    """The file digests a re-made record must have, if a checkpoint consumed this one or other records were made from it."""
+    if ref.directory == layout.checkpoint(0).directory:
+        return None  # training goes back to the one before it
+    consumed = any(str(ref) in manifest.attributes["consumed"] for manifest in lineage.chain(run.records))
+    if not consumed and not _has_descendants(run, ref):
         return None
     try:
-        manifest: Manifest = decode(path, path.read_bytes())
+        return [entry.digest for entry in decode(path, path.read_bytes()).files]
     except Corrupt:
         return []  # the manifest itself is damaged: no re-made record can be shown to be equal
-    return [entry.digest for entry in manifest.files]
+
+
+def _has_descendants(run: Run, ref: Ref) -> bool:
+    """Whether other records were made from these pairs, this policy, or the scores or annotations of this shard."""
+    if ref == layout.PAIRS:
+        return run.newest_policy() is not None
+    if ref.directory == layout.policy(0).directory:
+        responses = (run.root / layout.responses(int(ref.name), 0).directory).parent
+        made = [layout.evaluation(int(ref.name)), Ref(str(responses.relative_to(run.root)), "*/*")]
+    elif match := SHARD.fullmatch(ref.directory):
+        index, shard = int(match["round"]), int(ref.name)
+        scores = [layout.statistics(index), layout.requests(index, shard)]
+        made = scores if match["half"] else [layout.logprobs("*", "online", index, shard)]
+    else:
+        return False
+    return any(True for name in made for _ in run.root.glob(f"{name}.g*.json"))

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from toolkit.errors import UserError
-from toolkit.exchange import layout, series
+from toolkit.exchange import jobs, layout, series
 from toolkit.exchange.records import Ref, decode
 from toolkit.exchange.run import Run
 
@@ -34,27 +34,22 @@ def collect_garbage(run: Run) -> list[str]:
 
     Checkpoints beyond the newest N, and policies beyond the newest N, the first and those a reference or evaluation still needs;
     their manifests stay: the lineage can be verified for ever. And what attempts left that died while they wrote a checkpoint or
-    policy, or lost it to another.
+    policy, or lost it to another. One that only seemed dead and wakes up loses what it writes, and at worst is condemned.
 
     Returns:
         The names of the records whose files were removed now, and of the directories that were no record's.
     """
     removed = []
     for name, directory in [*_checkpoints(run), *_policies(run)]:
-        record, _ = run.records.publish(_announcement(name), {"record": name, "directory": directory.name})
-        if time.time() - record.written >= run.config.retention.grace:
-            _remove(run.root, directory)
+        record, _ = run.records.publish(layout.deletion(name), {"record": name, "directory": directory.name})
+        if time.time() - record.written >= run.config.retention.grace and _remove(run.root, directory):
             removed.append(name)
     return removed
 
 
 def is_deleted(run: Run, ref: Ref) -> bool:
     """Whether the deletion of a record's files was announced."""
-    return run.records.find(_announcement(str(ref))) is not None
-
-
-def _announcement(name: str) -> Ref:
-    return Ref("deletions", name.replace("/", "~"))
+    return run.records.find(layout.deletion(str(ref))) is not None
 
 
 def _checkpoints(run: Run) -> Iterator[tuple[str, Path]]:
@@ -67,7 +62,7 @@ def _checkpoints(run: Run) -> Iterator[tuple[str, Path]]:
         winner = _directory(run, ref)
         if winner == directory and number < oldest:
             yield str(ref), directory
-        elif winner != directory and (winner is not None or number < oldest):
+        elif winner != directory and (winner is not None or number < oldest or _is_left(run, ref, directory)):
             yield f"{ref.directory}/{directory.name}", directory
 
 
@@ -79,8 +74,18 @@ def _policies(run: Run) -> Iterator[tuple[str, Path]]:
         winner = _directory(run, ref)
         if winner == directory and _is_expendable(run, number, newest):
             yield str(ref), directory
-        elif winner not in (None, directory):
+        elif winner != directory and (winner is not None or _is_left(run, ref, directory)):
             yield f"{ref.directory}/{directory.name}", directory
+
+
+def _is_left(run: Run, ref: Ref, directory: Path) -> bool:
+    """Whether no trainer is there any more that could publish what it staged here."""
+    newest = jobs.newest_started(run.records, "trainer")
+    if newest is None or run.records.find(ref) is not None:
+        return False
+    is_newest = directory.name.split(".")[1] == newest.attributes["attempt"]
+    end = layout.job("trainer", series.number(newest), "end")
+    return not is_newest or run.records.find(end) is not None
 
 
 def _is_expendable(run: Run, version: int, newest: int | None) -> bool:
@@ -105,11 +110,12 @@ def _directory(run: Run, ref: Ref) -> Path | None:
     )
 
 
-def _remove(root: Path, directory: Path) -> None:
+def _remove(root: Path, directory: Path) -> bool:
+    """Remove what can be removed now; True if all of it is gone. A file that is still open may stay on NFS for a while."""
     if not directory.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{directory} is not inside the run {root}")
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(directory)
+    shutil.rmtree(directory, ignore_errors=True)
+    return not directory.exists()
 
 
 class Sweep:
@@ -132,7 +138,7 @@ class Sweep:
             self._listings = _listings(self.run.root)  # from the start, next time
         for directory, names in listings:
             for path in _garbage(directory, names):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     if time.time() - path.stat().st_mtime >= self.run.config.retention.grace:
                         path.unlink()
                         removed.append(path)

@@ -18,7 +18,7 @@ from toolkit.config import Config
 from toolkit.errors import UserError
 from toolkit.exchange import layout, series, tables
 from toolkit.exchange.plan import Plan
-from toolkit.exchange.records import Manifest, Records, Superseded
+from toolkit.exchange.records import Closed, Manifest, Records, Superseded
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -72,9 +72,15 @@ class Run:
         manifest, _ = run.records.publish(layout.IDENTITY, configuration.identity(config))
         different = differences(manifest.attributes, configuration.identity(config))
         if different:
+            begun = run.records.find(layout.PAIRS) is not None or (root / "jobs").exists()
             raise UserError(
                 f"{root} already holds another run; its identity differs in:\n  " + "\n  ".join(different) + "\n"
-                "Choose another directory (run=DIR), or continue that run with: metaapo resume " + str(root)
+                "Choose another directory (run=DIR), or "
+                + (
+                    f"continue that run with: metaapo resume {root}"
+                    if begun
+                    else "remove this one, which holds no data yet"
+                )
             )
         run.set_operations(config)
         if run.current_incarnation() is None:
@@ -102,22 +108,41 @@ class Run:
         return run
 
     def require_owner(self) -> None:
-        """Raise UserError unless this user made the run: others may read a shared run, only its owner acts for it."""
+        """Raise UserError unless this user made the run: others may read a shared run, only its owner acts for it.
+
+        The run's umask is this process's from here on.
+        """
         owner = self.root.stat().st_uid
         if owner != os.getuid():
             raise UserError(
                 f"{self.root} belongs to user {owner}, you are {os.getuid()}: only its owner keeps a run going or stops it"
             )
+        os.umask(int(self.config.cluster.umask, 8))
 
     # ---------------------------------------------------------------- configuration
 
     @cached_property
     def config(self) -> Config:
-        """Identity and the newest operations."""
+        """Identity and the newest operations.
+
+        Raises:
+            UserError: another version of the toolkit made this run, with keys that this one does not know.
+        """
         identity = self.records.require(layout.IDENTITY).attributes
         version = self.operations_version()
         operations = self.records.require(layout.operations(version)).attributes if version is not None else {}
-        return configuration.build(Config, identity | operations)
+        try:
+            return configuration.build(Config, identity | operations)
+        except UserError as error:
+            copies = sorted(self.root.glob("code/[0-9a-f]*"), key=lambda path: path.stat().st_mtime)
+            own = (
+                f"PYTHONSAFEPATH=1 PYTHONPATH={copies[-1].absolute()} python -m toolkit.cli COMMAND ..."
+                if copies
+                else "none is there"
+            )
+            raise UserError(
+                f"{self.root} was made by another version of the toolkit: {error}. The run's own copy of that one reads it: {own}"
+            ) from error
 
     def operations_version(self) -> int | None:
         """The newest version of the operations half."""
@@ -166,7 +191,7 @@ class Run:
         return number
 
     def _guard(self, farewell: bool) -> None:
-        """An attempt acts while its incarnation is open; a farewell (a checkpoint, on the way out) while no later one is."""
+        """An attempt acts while its incarnation is open; a farewell (a checkpoint and what belongs to it, on the way out) while no later one is."""
         if farewell:
             newest = self.current_incarnation()
             if self.incarnation is not None and newest != self.incarnation:
@@ -175,7 +200,7 @@ class Run:
                 )
             return
         if self.incarnation is not None and (closing := self.closing(self.incarnation)) is not None:
-            raise Superseded(
+            raise Closed(
                 f"this attempt belongs to incarnation {self.incarnation}, which is over "
                 f"({closing.attributes['outcome']}: {closing.attributes['reason']}); nothing more is published for it"
             )
@@ -229,14 +254,22 @@ class Run:
             and self.records.find(layout.policy(self.plan.rounds)) is not None
         )
 
+    def unevaluated(self) -> list[int]:
+        """Versions of the policies that workers are still to evaluate: those that were condemned or removed are not among them."""
+        newest, find = self.newest_policy(), self.records.find
+        if newest is None or not self.config.evaluates:
+            return []
+        missing = [version for version in range(newest + 1) if find(layout.evaluation(version)) is None]
+        refs = {version: layout.policy(version) for version in missing}
+        return [v for v, ref in refs.items() if find(ref) is not None and find(layout.deletion(str(ref))) is None]
+
     def is_complete(self) -> bool:
         """Whether the last policy is published, the last meta-learner learned, and, where workers evaluate, every policy evaluated."""
         if not self.finished():
             return False
-        config, find = self.config, self.records.find
-        if config.learns and find(layout.phi(len(self.plan.boundaries))) is None:
+        if self.config.learns and self.records.find(layout.phi(len(self.plan.boundaries))) is None:
             return False
-        return not config.evaluates or all(find(layout.evaluation(v)) is not None for v in range(self.plan.rounds + 1))
+        return not self.unevaluated()
 
     def finish(self) -> None:
         """Close a complete run."""

@@ -59,7 +59,9 @@ def verify(run: Run) -> Findings:
     try:
         _lineage(run, found)
         _exactly_once(run, found)
+        _consumed(run, found)
         _policies(run, found)
+        _requests(run, found)
         _annotations(run, found)
         _complete(run, found)
         try:
@@ -70,7 +72,7 @@ def verify(run: Run) -> Findings:
             )
         else:
             _derived(run, found)
-    except (UserError, KeyError, ValueError) as error:
+    except (UserError, KeyError, TypeError, ValueError) as error:
         found.problems.append(f"{type(error).__name__}: {error}")
     return found
 
@@ -97,16 +99,26 @@ def _bytes(run: Run, found: Findings) -> None:
         try:
             manifest = decode(path, path.read_bytes())
             found.counts["records"] += 1
-            if manifest.files and retention.is_deleted(run, manifest.ref):
-                continue
-            for entry in manifest.files:
-                check(manifest, entry)
-                found.counts["files"] += 1
-                found.counts["bytes"] += entry.bytes
+            _files(run, manifest, found)
         except Corrupt as error:
             found.problems.append(f"{name}: {error.detail}")
         except UserError as error:
             found.problems.append(str(error))
+
+
+def _files(run: Run, manifest: Manifest, found: Findings) -> None:
+    """Raise `Corrupt` if a file is not what its manifest says, unless its deletion was announced."""
+    try:
+        for entry in manifest.files:
+            check(manifest, entry)
+            found.counts["files"] += 1
+            found.counts["bytes"] += entry.bytes
+    except PermissionError:
+        note = f"{manifest.ref.directory}: their owner's alone; the bytes there were not examined"
+        found.notes += [] if note in found.notes else [note]
+    except Corrupt:
+        if not retention.is_deleted(run, manifest.ref):
+            raise
 
 
 # ------------------------------------------------------------------------------------------- lineage
@@ -134,7 +146,7 @@ def _lineage(run: Run, found: Findings) -> None:
             current = run.records.find(layout.Ref(directory, leaf))
             if current is None:
                 found.problems.append(f"{consumed}: missing, though {name} consumed it")
-            elif current.digest != digest and not _same_files(run, current, digest):
+            elif not _is_same(current, digest):
                 found.problems.append(f"{consumed}: is not the record that {name} consumed")
         previous = manifest
     newest = run.newest_policy()
@@ -144,8 +156,10 @@ def _lineage(run: Run, found: Findings) -> None:
         found.problems.append(f"checkpoints: the last one does not end at the plan's {run.plan.steps} steps")
 
 
-def _same_files(run: Run, current: Manifest, digest: str) -> bool:
-    """Whether a record of a later generation was made again to the bytes of the one with this digest."""
+def _is_same(current: Manifest, digest: str) -> bool:
+    """Whether a record is the one with this digest, or was made again to the same bytes after that one was condemned."""
+    if current.digest == digest:
+        return True
     for generation in range(current.generation):
         path = current.directory / f"{current.ref.name}.g{generation}.json"
         try:
@@ -183,12 +197,35 @@ def _exactly_once(run: Run, found: Findings) -> None:
         found.problems.append(f"data/pairs: {len(repeated)} pair(s) are in more than one place, {repeated[0]} for one")
 
 
+def _consumed(run: Run, found: Findings) -> None:
+    """Of each gated shard that was trained, checkpoints consumed the scores, the decisions, and what those asked for."""
+    chain = lineage.chain(run.records)
+    consumed = {name for manifest in chain for name in manifest.attributes["consumed"]}
+    done = int(chain[-1].attributes["step"]) if chain else 0
+    for index in range(run.plan.rounds):
+        trained = {batch.shard for batch in run.plan.batches(index) if batch.step < done}
+        for shard in sorted(trained) if run.plan.gated[index] else []:
+            requests = layout.requests(index, shard)
+            needed = [layout.logprobs(layout.policy_name(index), "offline", index, shard), requests]
+            decided = run.records.find(requests)
+            if decided is not None and any(run.records.table(decided)["sampled"].to_pylist()):
+                needed.append(layout.annotations(index, shard))
+            found.problems += [
+                f"{ref}: no checkpoint consumed it, though its shard was trained"
+                for ref in needed
+                if str(ref) not in consumed
+            ]
+
+
 def _policies(run: Run, found: Findings) -> None:
     """Each policy names the configured model or a checkpoint of the chain; each evaluation its policy."""
     digests = {manifest.digest: manifest.attributes for manifest in lineage.chain(run.records)}
     newest = run.newest_policy()
     for version in range(0 if newest is None else newest + 1):
-        manifest = run.records.require(layout.policy(version))
+        manifest = run.records.find(layout.policy(version))
+        if manifest is None:
+            found.problems.append(f"{layout.policy(version)}: missing, though policy {newest} was published")
+            continue
         found.counts["policies"] += 1
         source = manifest.attributes["source"]
         if "checkpoint" in source:
@@ -202,7 +239,7 @@ def _policies(run: Run, found: Findings) -> None:
         evaluation = run.records.find(layout.evaluation(version))
         if evaluation is not None:
             found.counts["evaluations"] += 1
-            if evaluation.attributes["policy"] != manifest.digest:
+            if not _is_same(manifest, evaluation.attributes["policy"]):
                 found.problems.append(f"{evaluation.ref}: evaluates another policy than {manifest.ref}")
 
 
@@ -226,6 +263,23 @@ def _complete(run: Run, found: Findings) -> None:
 # ------------------------------------------------------------------------------------------- samples and pairs
 
 
+def _requests(run: Run, found: Findings) -> None:
+    """The decisions about a shard are about its pairs, and what workers and trainer go by is what they say."""
+    for index, shard in _gated_shards(run):
+        manifest = run.records.find(layout.requests(index, shard))
+        if manifest is None:
+            continue
+        table, attributes = run.records.table(manifest), manifest.attributes
+        if table["pair_id"].to_pylist() != run.pairs(index, shard)["pair_id"].to_pylist():
+            found.problems.append(f"{manifest.ref}: its pairs are not those of its shard")
+        expected = {"sampled": sum(table["sampled"].to_pylist())}
+        if run.config.replay_from is None:
+            expected["phi"] = run.plan.version_before_round(index)
+        stated = {name: attributes.get(name) for name in expected}
+        if stated != expected:
+            found.problems.append(f"{manifest.ref}: states {stated}, should be {expected}")
+
+
 def _annotations(run: Run, found: Findings) -> None:
     """Every requested pair was sampled by its round's policy and annotated, best and worst follow from the rewards."""
     from toolkit.algorithms.draws import sample_seed
@@ -247,7 +301,8 @@ def _annotations(run: Run, found: Findings) -> None:
             continue
         if annotations.attributes["responses"] != responses.digest:
             found.notes.append(f"{name}: made from responses that were replaced since")
-        if responses.attributes["policy"] != run.records.require(layout.policy(index)).digest:
+        policy = run.records.find(layout.policy(index))
+        if policy is None or not _is_same(policy, responses.attributes["policy"]):
             found.problems.append(f"{responses.ref}: not sampled by the policy of round {index}")
         asked = [row["pair_id"] for row in run.records.table(requests).to_pylist() if row["sampled"]]
         rows = run.records.table(annotations).to_pylist()

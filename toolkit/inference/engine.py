@@ -8,12 +8,17 @@ engine that is given up takes what they share with it. vLLM is imported when the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Sequence
+import signal
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from toolkit.errors import UserError
 from toolkit.inference.model_folder import check_reward_model, check_same_tensors, tensor_shapes
@@ -24,17 +29,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How far vLLM's log-prob of a token may be from the trainer's, in nats: other kernels, other layout, same precision.
+# How far vLLM's log-prob of a token may be from the trainer's, in nats: other kernels, other layout.
 TOKEN_TOLERANCE = {"float32": 3e-5, "float16": 0.0125, "bfloat16": 0.1}
+TF32_TOLERANCE = 5e-3  # to which vLLM's attention rounds float32 on a GPU
+FLOOR = (
+    5.0  # times as much for any response: large logits are spaced that far apart, and one token may fall on the edge
+)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A sequence with its response's summed log-prob (nats) by the trainer, by which loaded weights are recognised."""
+    """A sequence with its response's summed log-prob (nats) by the trainer, by which loaded weights are recognised.
+
+    ``dtype`` is the one that the trainer computed in.
+    """
 
     prompt_ids: list[int]
     response_ids: list[int]
     logprob: float
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -75,8 +88,8 @@ class PolicyEngine:
         After a failure nothing is loaded: the engine samples again once a ``load`` succeeds.
 
         Raises:
-            UserError: the folder's weights are unreadable, incomplete or not finite, or they are not those that the
-                trainer probed.
+            UserError: the folder's weights are no safetensors, or incomplete.
+            RuntimeError: what vLLM made of them is not what the trainer probed (another node may do better).
         """
         self.policy = None
         shapes = tensor_shapes(folder)
@@ -144,17 +157,13 @@ class PolicyEngine:
             )
         return results
 
-    def logprobs(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> list[float]:
-        """Summed log-prob (nats) of each sequence's tokens after its prompt, under the policy loaded.
+    def _logprobs(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> list[float]:
+        """Summed log-prob (nats) of each sequence's tokens after its prompt.
 
         Args:
             sequences: token ids of prompt and response, shorter than ``max_model_len`` (vLLM wants room for one more).
             prompt_lengths: tokens of each prompt, at least 1.
         """
-        self._require(loaded=True)
-        return self._logprobs(sequences, prompt_lengths)
-
-    def _logprobs(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> list[float]:
         asked = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         outputs = self._generate(sequences, [asked] * len(sequences))
         # With prompt_logprobs=0 there is exactly one entry a position, of the token that stands there.
@@ -193,13 +202,15 @@ class PolicyEngine:
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
             if current_platform.is_cpu():
                 llm.apply_model(_pack_tied_head)
-        except Exception as error:  # whatever a loader raises, the engine takes good weights afterwards
+        except (KeyError, ValueError, SafetensorError) as error:  # the engine takes good weights afterwards
             raise UserError(f"vLLM cannot load the weights in {folder}: {type(error).__name__}: {error}") from error
         # Without this, tokens computed with the old weights are used again, silently.
         if not llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
 
     def _prove(self, folder: Path, probes: Sequence[Probe]) -> None:
+        from vllm.platforms import current_platform
+
         model = self._require().llm_engine.model_config
         dtype = str(model.dtype).removeprefix("torch.")
         fitting = [p for p in probes if len(p.prompt_ids) + len(p.response_ids) < model.max_model_len]
@@ -210,14 +221,13 @@ class PolicyEngine:
             )
         found = self._logprobs([p.prompt_ids + p.response_ids for p in fitting], [len(p.prompt_ids) for p in fitting])
         for index, (probe, logprob) in enumerate(zip(fitting, found, strict=True)):
-            # Rounding errors of tokens are close to independent: they add up like a random walk.
-            tolerance = TOKEN_TOLERANCE[dtype] * math.sqrt(len(probe.response_ids))
-            if not abs(logprob - probe.logprob) <= tolerance:  # so that NaN fails
-                raise UserError(
-                    f"policy {folder}: the weights that vLLM loaded are not those that the trainer probed. Probe {index}: "
-                    f"expected a summed log-prob of {probe.logprob:.6f}, got {logprob:.6f} (tolerance {tolerance:.2g} in "
-                    f"{dtype}). The files are damaged, of another version, or their weights are not finite; "
-                    "`metaapo verify` checks every byte"
+            allowed = tolerance({dtype, probe.dtype}, len(probe.response_ids), current_platform.is_cpu())
+            if not abs(logprob - probe.logprob) <= allowed:  # so that NaN fails
+                raise RuntimeError(
+                    f"policy {folder}: vLLM does not give the log-probs that the trainer probed. Probe {index}: expected a sum "
+                    f"of {probe.logprob:.6f}, got {logprob:.6f} (tolerance {allowed:.2g}; the trainer's {probe.dtype}, vLLM's "
+                    f"{dtype}). The files' digests were right, so vLLM did not take the weights, this node's processor is faulty, "
+                    "or its kernels round otherwise than the trainer's: set inference.dtype to model.dtype"
                 )
 
 
@@ -269,6 +279,15 @@ def refusal(token_ids: Sequence[int], vocabulary: int, longest: int) -> str | No
     return None
 
 
+def tolerance(dtypes: Collection[str], tokens: int, on_cpu: bool) -> float:
+    """How far (nats) the summed log-probs of a response of ``tokens`` may be apart, computed in ``dtypes`` by two engines.
+
+    Rounding errors of tokens are close to independent: they add up like a random walk.
+    """
+    token = max(TOKEN_TOLERANCE[dtype] for dtype in dtypes)
+    return (token if on_cpu else max(token, TF32_TOLERANCE)) * (FLOOR + math.sqrt(tokens))
+
+
 def _pack_tied_head(model: Any) -> None:
     """Complete a reload on a CPU, where vLLM multiplies by packed copies of the weights.
 
@@ -295,17 +314,39 @@ def _start(folder: Path, settings: EngineSettings, **options: Any) -> LLM:
     if settings.kv_cache_gib is not None:
         options["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
     try:
-        return LLM(
-            model=str(folder),
-            dtype=settings.dtype,  # type: ignore[arg-type]
-            max_model_len=settings.max_model_len,
-            tensor_parallel_size=settings.tensor_parallel,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            load_format="safetensors",  # never a pickle
-            generation_config="vllm",  # no sampling defaults from the folder
-            logprobs_mode="raw_logprobs",
-            use_tqdm_on_load=False,
-            **options,
-        )
+        with _shielded() if settings.tensor_parallel > 1 else contextlib.nullcontext():
+            return LLM(
+                model=str(folder),
+                dtype=settings.dtype,  # type: ignore[arg-type]
+                max_model_len=settings.max_model_len,
+                tensor_parallel_size=settings.tensor_parallel,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+                load_format="safetensors",  # never a pickle
+                generation_config="vllm",  # no sampling defaults from the folder
+                logprobs_mode="raw_logprobs",
+                use_tqdm_on_load=False,
+                **options,
+            )
     except (OSError, ValueError) as error:
+        if is_nodes_fault(error):
+            raise
         raise UserError(f"vLLM cannot start from {folder} with {settings}: {error}") from error
+
+
+def is_nodes_fault(error: Exception) -> bool:
+    """Whether an engine may start elsewhere: a process left over holds the GPU's memory here, or the disk cannot be read."""
+    return "Free memory on device" in str(error) or getattr(error, "errno", None) is not None
+
+
+@contextlib.contextmanager
+def _shielded() -> Iterator[None]:
+    """Processes started meanwhile never see the signals that ask a job to save: vLLM's shards would end, and the worker with them.
+
+    They end when the worker closes its pipe to them, or is gone.
+    """
+    resource_tracker.ensure_running()  # it would be started with the first of them, and that lets TERM through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

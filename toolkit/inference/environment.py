@@ -11,6 +11,7 @@ FIXED = {
     "DO_NOT_TRACK": "1",
     "GLOO_SOCKET_IFNAME": "lo",  # gloo opens sockets even for one process; nobody else should reach them
     "HF_HUB_OFFLINE": "1",
+    "NCCL_SOCKET_IFNAME": "lo",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
 }

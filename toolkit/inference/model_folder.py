@@ -1,6 +1,7 @@
 """What a Hugging Face model folder holds, seen without loading it.
 
 vLLM takes a folder that lacks a tensor without a word and goes on with what was in memory; so folders are compared first.
+What is wrong with a folder is a UserError; an OSError of reading it (stale handle, input/output error) is its node's fault and passes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor in the folder's safetensors files; a tied `lm_head.weight` is left out.
 
     Raises:
-        UserError: a file is missing, cut short or unreadable, or the index promises a tensor that no file has.
+        UserError: a file is missing, cut short or no safetensors file, or the index promises a tensor that no file has.
     """
     config = _json(folder / "config.json")
     promised = _json(folder / INDEX)["weight_map"] if (folder / INDEX).exists() else {}
@@ -30,7 +31,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         try:
             with safe_open(folder / name, framework="numpy") as tensors:
                 shapes.update({key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except (FileNotFoundError, SafetensorError) as error:
             raise UserError(f"cannot read the weights {folder / name}: {error}") from error
     if missing := sorted(set(promised) - set(shapes)):
         raise UserError(f"{folder / INDEX} promises {len(missing)} tensor(s) that no file has: {_some(missing)}")
@@ -84,7 +85,7 @@ def check_reward_model(folder: Path) -> None:
 def _json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise UserError(
             f"cannot read {path}: {error}. Expected a Hugging Face model folder at {path.parent}"
         ) from error

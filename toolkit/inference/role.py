@@ -14,6 +14,8 @@ def main(run: Run, slot: str, number: int, rank: int, size: int, stop: StopFlag)
         ``done``, ``saved`` (told to stop) or ``starved`` (nothing to do for too long).
     """
     environment.prepare()  # before anything imports torch or vllm
+    from toolkit.inference import staging
     from toolkit.inference.worker import Worker
 
-    return Worker(run, slot, stop).work()
+    with staging.tidied(run.records, slot):
+        return Worker(run, slot, stop).work()

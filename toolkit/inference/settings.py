@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from toolkit.config import Config
 from toolkit.errors import UserError, unknown
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -28,7 +29,7 @@ class EngineSettings:
     max_model_len: int
     tensor_parallel: int = 1
     kv_cache_gib: float | None = None
-    gpu_memory_utilization: float = 0.45
+    gpu_memory_utilization: float = 0.9
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -38,6 +39,23 @@ class EngineSettings:
             _positive(self, "kv_cache_gib")
         if self.gpu_memory_utilization > 1:
             raise UserError(f"gpu_memory_utilization: expected a share in (0, 1], got {self.gpu_memory_utilization}")
+
+
+def engine_settings(config: Config) -> EngineSettings:
+    """Of each engine of a worker: the policy's and one per reward model, which share the GPU's memory in equal parts."""
+    inference = config.inference
+    gated = any(config.gated)
+    rewards = {config.reward.model} if gated and "annotate" in inference.does else set()
+    if config.evaluates:
+        rewards.add(config.evaluation_reward)
+    engines = len(rewards) + (config.evaluates or (gated and "sample" in inference.does))
+    return EngineSettings(
+        dtype=inference.dtype,
+        max_model_len=inference.max_model_len,
+        tensor_parallel=inference.tensor_parallel,
+        kv_cache_gib=inference.kv_cache_gib,
+        gpu_memory_utilization=inference.gpu_memory_utilization / max(1, engines),
+    )
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,12 @@ from toolkit.exchange import hints, layout, series
 from toolkit.exchange.jobs import Heartbeat, Observer
 from toolkit.exchange.records import Manifest, Ref
 from toolkit.exchange.reports import Condemnations
-from toolkit.exchange.retention import is_deleted
 from toolkit.exchange.run import Run
 from toolkit.inference.annotation import annotate_shard
 from toolkit.inference.engine import PolicyEngine, Probe, RewardEngine
 from toolkit.inference.evaluation import evaluate_policy, load_metric
 from toolkit.inference.sampling import sample_shard
-from toolkit.inference.settings import EngineSettings, SamplingSettings
+from toolkit.inference.settings import SamplingSettings, engine_settings
 from toolkit.inference.staging import policy_folder
 from toolkit.reporting.metrics import MetricsWriter
 from toolkit.signals import StopFlag
@@ -61,7 +60,7 @@ class Worker:
                 return "done"
             if self._turn():
                 busy = time.monotonic()
-            elif time.monotonic() - busy > self.config.inference.idle_exit:
+            elif time.monotonic() - busy > self.config.idle_exits["worker"]:
                 return "starved"
             else:
                 self.stop.sleep(self.config.inference.poll)
@@ -101,12 +100,8 @@ class Worker:
             if "sample" in self.does:
                 for shard in sample:
                     yield layout.responses(index, shard), lambda shard=shard: self._sample(index, shard)
-        if "evaluate" in self.does and self.config.evaluation_reward is not None:
-            versions = sorted(range(self.newest + 1), key=lambda version: (version != self.version, version))
-            for version in versions:
-                ref = layout.evaluation(version)
-                if self.run.records.find(ref) is None and not is_deleted(self.run, layout.policy(version)):
-                    yield ref, lambda version=version: self._evaluate(version)
+        for version in sorted(self.run.unevaluated(), key=lambda version: (version != self.version, version)):
+            yield layout.evaluation(version), lambda version=version: self._evaluate(version)
 
     def _open_shards(self, index: int, claimed: set[str]) -> tuple[list[int], list[int]]:
         """Shards of the round to annotate and to sample, oldest first, those that the sidecar's hint names before all others.
@@ -247,19 +242,8 @@ class Worker:
         return ChatTokenizer(self.config.model.policy, self.config.model.template_arguments)
 
     @cached_property
-    def engine_settings(self) -> EngineSettings:
-        inference = self.config.inference
-        return EngineSettings(
-            dtype=inference.dtype,
-            max_model_len=inference.max_model_len,
-            tensor_parallel=inference.tensor_parallel,
-            kv_cache_gib=inference.kv_cache_gib,
-            gpu_memory_utilization=inference.gpu_memory_utilization,
-        )
-
-    @cached_property
     def engine(self) -> PolicyEngine:
-        return PolicyEngine(self.engine_settings)
+        return PolicyEngine(engine_settings(self.config))
 
     @property
     def sampling(self) -> SamplingSettings:
@@ -272,9 +256,9 @@ class Worker:
         if self.version != version:
             started = time.monotonic()
             self.version = None
-            self.engine.load(
-                policy_folder(self.run.records, manifest), [Probe(**probe) for probe in manifest.attributes["probes"]]
-            )
+            attributes = manifest.attributes
+            probes = [Probe(**probe, dtype=attributes["dtype"]) for probe in attributes["probes"]]
+            self.engine.load(policy_folder(self.run.records, manifest, self.slot), probes)
             self.version = version
             self.metrics.write("load", version=version, seconds=time.monotonic() - started)
         return manifest
@@ -284,6 +268,6 @@ class Worker:
             from toolkit.data.template import RewardTokenizer
 
             started = time.monotonic()
-            self.rewards[folder] = RewardEngine(Path(folder), self.engine_settings), RewardTokenizer(folder)
+            self.rewards[folder] = RewardEngine(Path(folder), engine_settings(self.config)), RewardTokenizer(folder)
             self.metrics.write("load", reward=folder, seconds=time.monotonic() - started)
         return self.rewards[folder]

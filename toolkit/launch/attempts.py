@@ -73,6 +73,11 @@ def known_slots(run: Run) -> list[str]:
     return sorted(path.name for path in (run.root / "jobs").glob("*") if path.is_dir())
 
 
+def every_slot(run: Run) -> list[str]:
+    """The slots that the configuration asks for, and those that ever had an attempt."""
+    return list(dict.fromkeys([*slots(run.config), *known_slots(run)]))
+
+
 def attempts(run: Run, slot: str, known: Sequence[Attempt] = ()) -> list[Attempt]:
     """All attempts of a slot, oldest first.
 

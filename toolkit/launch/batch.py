@@ -18,13 +18,23 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from toolkit.cluster import JobRequest
 from toolkit.errors import UserError
-from toolkit.launch.adapter import Busy, JobSpec
+from toolkit.launch.adapter import Busy, JobSpec, Unavailable
 from toolkit.launch.job import ATTEMPT, run_job
 from toolkit.signals import DEADLINE
 
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which cluster, and who asks
 FOREIGN = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "SUBMITIT_", "METAAPO_", "PMI", "CUDA_VISIBLE_DEVICES")
-FULL = ("SubmitJob", "temporarily unable", "Job limit", "MaxJobCount")  # sbatch's words when there is no room now
+FULL = (  # sbatch's words when it takes nothing now, and may later
+    "SubmitJob",
+    "Job limit",
+    "MaxJobCount",
+    "temporarily unable",
+    "temporarily disabled",
+    "queue full",
+    "try again",
+    "inactive or drain",
+    "I/O error writing",
+)
 UNCLEAR = (
     "timed out",
     "Unable to contact",
@@ -33,6 +43,9 @@ UNCLEAR = (
     "endpoint",
     "Communication",
     "Unexpected message",
+    "configuration source",
+    "fetch_config",
+    "resolve_ctls",
 )
 
 
@@ -83,6 +96,11 @@ class _Executor(SlurmExecutor):
         cpus = self.job.request.cpus_per_task
         binding = [f"--cpus-per-task={cpus}"] if cpus is not None else []
         return [*binding, "--kill-on-bad-exit=1", "--wait=60", *self.job.request.srun]
+
+    @property
+    def _submitit_command_str(self) -> str:
+        # until the role has handlers of its own (`toolkit.signals`), a warning must not kill it
+        return 'sh -c \'trap "" TERM USR2; exec "$@"\' sh ' + super()._submitit_command_str
 
     def _setup(self) -> list[str]:
         job, request = self.job, self.job.request
@@ -164,7 +182,14 @@ def submit(job: JobSpec, timeout: float) -> str:
 
 def sbatch(job: JobSpec, path: Path, timeout: float) -> str:
     """Call sbatch for a script. For errors see `submit`."""
-    done = _call(["sbatch", "--parsable", str(path)], timeout, cwd=job.root)
+    try:
+        done = _call(["sbatch", "--parsable", str(path)], timeout, cwd=job.root)
+    except subprocess.TimeoutExpired as error:
+        # where Slurm is full, sbatch itself asks again and again, for two minutes
+        words = " ".join((error.stderr or b"").decode(errors="replace").split())
+        if any(word in words for word in FULL):
+            raise Busy(words) from None
+        raise
     if done.returncode == 0:
         return done.stdout.strip().splitlines()[-1].partition(";")[0]
     words = " ".join(done.stderr.split())
@@ -179,19 +204,26 @@ def sbatch(job: JobSpec, path: Path, timeout: float) -> str:
 
 
 def rehearse(job: JobSpec, timeout: float) -> str:
-    """What ``sbatch --test-only`` says of an attempt's script.
+    """What ``sbatch --test-only`` says of an attempt's script; that Slurm has no room just now is no refusal.
 
     Raises:
         UserError: Slurm would refuse it.
-        TimeoutExpired: it did not answer.
+        Unavailable: it did not answer.
     """
     # there is no run directory yet, and sbatch looks for the working directory
     text = script(job).replace(f"--chdir={job.root}", "--chdir=/")
-    done = _call(["sbatch", "--test-only", "/dev/stdin"], timeout, text=text)
+    try:
+        done = _call(["sbatch", "--test-only", "/dev/stdin"], timeout, text=text)
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"sbatch --test-only said nothing in {timeout:g} s") from error
     words = " ".join(done.stderr.split())
-    if done.returncode:
-        raise UserError(f"Slurm would refuse it: {words}")
-    return words
+    if done.returncode == 0:
+        return words
+    if any(word in words for word in FULL):
+        return f"Slurm has no room for it now: {words}"
+    if not words or any(word in words for word in UNCLEAR):
+        raise Unavailable(words or f"sbatch --test-only ended with {done.returncode}, without a word")
+    raise UserError(f"Slurm would refuse it: {words}")
 
 
 def _call(
@@ -205,6 +237,7 @@ def _call(
             input=text if text is not None else "",
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=timeout,
             check=False,
         )

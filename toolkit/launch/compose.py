@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import toolkit
 from toolkit import config as configuration
+from toolkit.cluster import ROLES
 from toolkit.config import Config
 from toolkit.errors import UserError, unknown
 from toolkit.exchange.run import Run, resolved
@@ -44,10 +46,32 @@ def compose(overrides: list[str], base: Path, complete: bool = True) -> Config:
     """
     values = _values(overrides, base)
     del values["toy"]
-    config = resolved(configuration.build(Config, values), base)
+    config = _resolved(values, base)
     if complete:
         configuration.validate(config)
     return config
+
+
+def _resolved(values: dict[str, Any], base: Path) -> Config:
+    """A configuration of JSON values, as jobs started elsewhere need it."""
+    config = resolved(configuration.build(Config, values), base)
+    places = {key: getattr(config.cluster, key) for key in ("jobs", *ROLES)}
+    found = {
+        # not where a virtual environment's link leads: there it would be another Python
+        key: dataclasses.replace(wish, python=shlex.quote(str((base / shlex.split(wish.python)[0]).absolute())))
+        for key, wish in places.items()
+        if _is_file(wish.python, base)
+    }
+    return dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, **found))
+
+
+def _is_file(command: str | None, base: Path) -> bool:
+    """Whether a command is one word, a path, and that a file with ``base`` as the working directory."""
+    try:
+        words = shlex.split(command or "")
+    except ValueError:
+        return False
+    return len(words) == 1 and "/" in words[0] and (base / words[0]).is_file()
 
 
 def _values(overrides: list[str], base: Path) -> dict[str, Any]:
@@ -60,7 +84,7 @@ def _values(overrides: list[str], base: Path) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name="schema", node=_Root)
-    given = [_opened(_named(override, base)) for override in overrides]
+    given = [_readable(_opened(_named(override, base))) for override in overrides]
     try:
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
             composed = hydra_compose("config", given)
@@ -112,14 +136,41 @@ def _opened(override: str) -> str:
     return f"++{override}" if free else override
 
 
+def _readable(text: str) -> str:
+    """An override in hydra's grammar: where that has no place for its value (``--mem=64G``, ``a,b``), quoted.
+
+    Raises:
+        UserError: it is no override.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, equals, value = text.partition("=")
+    # in quotes, backslashes are special before a quote only
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
+    complaint = "there is no key"
+    for candidate in (text, f"{key}='{escaped}'") if key and equals else (text,):
+        try:
+            override = OverridesParser.create().parse_override(candidate)
+        except HydraException as error:
+            complaint = str(error).splitlines()[0]
+            continue
+        if override.key_or_group and not override.is_sweep_override():
+            return candidate
+    raise UserError(f"expected key=value, got {text!r}: {complaint}")
+
+
 def _explain(error: Exception, overrides: list[str]) -> str:
     """Hydra's complaint in one sentence, with the keys that exist where the wrong one was looked for."""
     detail = f"{error} {error.__cause__ or ''}"  # what hydra says of a value, its cause says of its type
+    detail = re.sub(r"(?ms)^To append to your config .*?$|^Config search path:.*", "", detail)
     message = " ".join(line.strip() for line in detail.splitlines()[:30] if line.strip())
+    if "Interpolation key" in message:
+        message += "\n  a shell's variable is $NAME; where it needs braces they are escaped: \\${NAME}"
     named = re.search(r"full_key: (\S+)", message)  # where it is a key of a file
-    for override in overrides:
-        key = override.lstrip("+~").split("=", 1)[0]
-        if key and key in str(error):
+    keys = {override: override.lstrip("+~").partition("=")[0] for override in overrides}
+    for override, key in sorted(keys.items(), key=lambda item: -len(item[1])):
+        if key and re.search(rf"(?<![\w.-]){re.escape(key)}(?![\w-]|\.\w)", str(error)):
             key = named[1] if named and key in config_groups() else key
             known: Any = _Root
             for part in key.split(".")[:-1]:
@@ -139,12 +190,16 @@ def updated(run: Run, overrides: list[str]) -> Config:
     Raises:
         UserError: a key of the identity half (it is immutable), an unknown key, a bad value.
     """
+    can = f"These can change: {', '.join(configuration.OPERATIONS)}"
     for key, _ in _parsed(overrides):
-        if key.split(".")[0] in configuration.IDENTITY:
+        group = key.split(".")[0]
+        if group in configuration.IDENTITY:
             raise UserError(
                 f"{key} belongs to the identity of {run.root} and cannot change: its records were made with it. "
-                f"Start another run for that. These can change: {', '.join(configuration.OPERATIONS)}"
+                f"Start another run for that. {can}"
             )
+        if group in ("run", "name"):
+            raise UserError(f"{key} was decided at launch, and {run.root} keeps it. {can}")
     return _overridden(dataclasses.asdict(run.config), overrides, Path.cwd())
 
 
@@ -171,15 +226,11 @@ def _parsed(overrides: list[str]) -> list[tuple[str, Any]]:
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
-    from hydra.errors import HydraException
 
     found = []
     for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise UserError(f"expected key=value, got {text!r}: {str(error).splitlines()[0]}") from error
-        if override.type is OverrideType.DEL or override.is_sweep_override():
+        override = OverridesParser.create().parse_override(_readable(text))
+        if override.type is OverrideType.DEL:
             raise UserError(f"expected key=value, got {text!r}")
         found.append((override.key_or_group, override.value()))
     return found
@@ -204,6 +255,6 @@ def _overridden(values: dict[str, Any], overrides: list[str], base: Path) -> Con
         if not isinstance(group, dict):
             raise unknown("configuration key", key, values)
         group[leaf] = value
-    config = resolved(configuration.build(Config, values), base)
+    config = _resolved(values, base)
     configuration.validate(config)
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,12 @@ from toolkit.errors import UserError
 from toolkit.exchange import hints, layout
 from toolkit.exchange.run import Run
 from toolkit.launch.adapter import Adapter, State, Unavailable, adapter
-from toolkit.launch.attempts import Attempt, attempts, known_slots, slots
+from toolkit.launch.attempts import Attempt, attempts, every_slot, slots
 from toolkit.launch.preflight import preflight
-from toolkit.launch.replay import import_records
-from toolkit.launch.supervise import submit
+from toolkit.launch.replay import finished_run, import_records
+from toolkit.launch.supervise import has_work, submit
 from toolkit.launch.tick import Tick
-from toolkit.reporting import status
+from toolkit.reporting import terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +32,7 @@ def create(config: Config) -> Run:
     """Check everything that can be checked before anything is spent, and make (or re-open) the run directory."""
     configuration.validate(config)
     preflight(config)
+    source = None if config.replay_from is None else finished_run(Path(config.replay_from))
     run = Run.create(Path(config.run), config, "launch")
     closing = run.closing()
     if closing is not None:
@@ -38,21 +40,22 @@ def create(config: Config) -> Run:
         raise UserError(
             f"{run.root} holds this run already, and it is {closing.attributes['outcome']}: metaapo {go_on} {run.root}"
         )
-    if config.replay_from is not None:
-        import_records(Run.open(Path(config.replay_from)), run)
+    if source is not None:
+        import_records(source, run)
     return run
 
 
 def prepare(run: Run, console: Console) -> None:
-    """Prepare the run's pairs here, if nobody did: mistakes in the data show before anything is spent."""
+    """Prepare the run's pairs here, if nobody did: mistakes in the data show before anything is spent.
+
+    Raises:
+        ImportError: the packages that it takes are not installed here.
+    """
     if run.records.find(layout.PAIRS) is not None:
         return
-    try:
-        from toolkit.data.publish import prepare_run
-    except ImportError:
-        console.print("the data will be prepared by the trainer (its packages are not installed here)", soft_wrap=True)
-        return
     from rich.progress import Progress
+
+    from toolkit.data.publish import prepare_run
 
     with Progress(*Progress.get_default_columns()[:1], "{task.completed} rows", console=console, transient=True) as bar:
         task = bar.add_task("preparing pairs", total=None)
@@ -77,6 +80,11 @@ def tick(run: Run) -> None:
     ticking = Tick(run, adapter(run.config))
     try:
         ticking.supervise()
+    except UserError:
+        if run.closing() is not None:  # nobody may come after this: what was submitted before is withdrawn
+            with contextlib.suppress(Unavailable):
+                ticking.supervise()
+        raise
     finally:
         ticking.advance()
 
@@ -88,25 +96,30 @@ def start(run: Run) -> list[str]:
         What did not go as wished, in words.
     """
     tick(run)
-    chained = run.config.cluster.control == "chain" and run.config.cluster.kind != "local"
-    return _chain(run) if chained else []
+    return _chain(run) if run.config.cluster.chained else []
 
 
 def _chain(run: Run) -> list[str]:
-    scheduler, incarnation = adapter(run.config), run.current_incarnation()
+    """Queue links behind each slot's last living attempt, until there are as many as are wished for."""
+    links, scheduler, incarnation = run.config.cluster.links, adapter(run.config), run.current_incarnation()
     assert incarnation is not None
+    histories = {slot: attempts(run, slot) for slot in slots(run.config)}
+    living = {slot: [attempt for attempt in history if not attempt.over] for slot, history in histories.items()}
+    last = {slot: waiting[-1] for slot, waiting in living.items() if waiting}
+    since = min((attempt.intent.written for attempt in last.values()), default=0.0)
+    found = scheduler.look([attempt.id for attempt in last.values()], since) if last else {}
     notes = []
-    for slot in slots(run.config):
-        last = attempts(run, slot)[-1]
-        before = scheduler.look([last.id], last.intent.written)[last.id].id
-        for number in range(last.number + 1, last.number + run.config.cluster.links):
+    for slot, history in histories.items():
+        if slot not in last and not has_work(run, slot, history, incarnation):
+            continue
+        before = found[last[slot].id].id if slot in last else None
+        for link in range(len(living[slot]), links):
             if before is None or scheduler.room() == 0:
                 notes.append(
-                    f"{slot}: {number} of {run.config.cluster.links} links are queued; Slurm did not take more now. "
-                    f"Later: metaapo tick {run.root}"
+                    f"{slot}: {link} of {links} links are queued; Slurm did not take more now. Later: metaapo resume {run.root}"
                 )
                 break
-            before = submit(run, scheduler, slot, number, incarnation, after=before)
+            before = submit(run, scheduler, slot, len(history) + link - len(living[slot]), incarnation, after=before)
     return notes
 
 
@@ -126,7 +139,8 @@ def follow(run: Run, show: Callable[[dict], None], every: float = 1.0) -> str:
         show(hints.status(run.root))
         closing = run.closing()
         if closing is not None:
-            wait_for_roles(run, CANCEL_PATIENCE)
+            with contextlib.suppress(Unavailable):
+                wait_for_roles(run, CANCEL_PATIENCE)
             _supervise(ticking)
             ticking.advance()
             show(hints.status(run.root))
@@ -150,7 +164,7 @@ def follow_live(run: Run, console: Console) -> str:
         seen = [""]
 
         def line(found: dict) -> None:
-            text = status.line(found)
+            text = terminal.line(found)
             if text != seen[0]:
                 seen[0] = text
                 console.print(text, soft_wrap=True)
@@ -159,7 +173,7 @@ def follow_live(run: Run, console: Console) -> str:
     from rich.live import Live
 
     with Live(console=console, refresh_per_second=4) as live:
-        return follow(run, lambda found: live.update(status.render(found, 0.0)))
+        return follow(run, lambda found: live.update(terminal.render(found, 0.0)))
 
 
 def living(run: Run, scheduler: Adapter) -> list[str]:
@@ -168,7 +182,7 @@ def living(run: Run, scheduler: Adapter) -> list[str]:
     Raises:
         Unavailable: the scheduler does not answer.
     """
-    every = [a for slot in dict.fromkeys([*slots(run.config), *known_slots(run)]) for a in _recent(attempts(run, slot))]
+    every = [attempt for slot in every_slot(run) for attempt in _recent(attempts(run, slot))]
     if not every:
         return []
     found = scheduler.look([a.id for a in every], min(a.intent.written for a in every))
@@ -176,8 +190,8 @@ def living(run: Run, scheduler: Adapter) -> list[str]:
 
 
 def _recent(history: list[Attempt]) -> list[Attempt]:
-    """Attempts that are not over, and the last two, of which ranks may be left."""
-    return [attempt for attempt in history if not attempt.over or attempt.number >= len(history) - 2]
+    """Attempts that are not over, those given up, whose job may come late, and the last two, of which ranks may be left."""
+    return [a for a in history if not a.over or a.outcome == "voided" or a.number >= len(history) - 2]
 
 
 def wait_for_roles(run: Run, patience: float) -> None:
@@ -230,5 +244,6 @@ def resume(run: Run, config: Config) -> int:
         raise UserError(f"{run.root} is finished; there is nothing to resume. `metaapo report {run.root}` shows it.")
     if closing is not None:
         wait_for_roles(run, CANCEL_PATIENCE)
+    os.umask(int(config.cluster.umask, 8))  # which may be among what changes
     run.set_operations(config)
     return run.reopen()

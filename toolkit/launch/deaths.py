@@ -19,6 +19,7 @@ POISON = 3  # deaths at the same piece of work that stop the run
 AT_ONCE = 120.0  # seconds: a death this early after the start may be the node's fault
 STRIKES = 2  # such deaths, or failures, of a node after which it is avoided
 MEMORY_OF_STRIKES = 3600.0  # seconds
+CORNERED = "no node is left for it besides those that it was to avoid"
 
 
 def verdict(run: Run, slot: str, history: Sequence[Attempt], histories: Iterable[Sequence[Attempt]]) -> str | None:
@@ -116,6 +117,16 @@ def bad_nodes(histories: Iterable[Sequence[Attempt]], incarnation: int, now: flo
             well.add(node)
     found = {node for node, count in strikes.items() if count >= STRIKES}
     return tuple(sorted(found)) if len(found) <= len(well - found) else ()
+
+
+def is_cornered(history: Iterable[Attempt], now: float) -> bool:
+    """Whether a slot found no node besides the bad ones within the hour: then it avoids none.
+
+    Args:
+        now: seconds since the epoch.
+    """
+    starts = (attempt.start for attempt in history if attempt.outcome == "voided" and attempt.start is not None)
+    return any(s.attributes["reason"] == CORNERED and now - s.written < MEMORY_OF_STRIKES for s in starts)
 
 
 MEMORY = re.compile(rb"[^\n]*(?:[Ee]xceeded (?:job |step )?memory limit|oom[-_]kill|Out of memory|OutOfMemory)[^\n]*")

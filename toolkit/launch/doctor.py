@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,14 +14,14 @@ from toolkit.cluster import request, role_of
 from toolkit.config import Config
 from toolkit.errors import UserError
 from toolkit.launch import batch, snapshot
-from toolkit.launch.adapter import JobSpec
+from toolkit.launch.adapter import JobSpec, Unavailable
 from toolkit.launch.attempts import slots
 from toolkit.launch.environments import check_environments
 from toolkit.launch.finding import Finding, fault, note, ok, warning
 from toolkit.launch.handover import keeper
 from toolkit.launch.limits import check_limits, quality
 from toolkit.launch.preflight import preflight
-from toolkit.launch.rehearsal import planned_jobs
+from toolkit.launch.rehearsal import asks_for_no_gpu, planned_jobs
 from toolkit.launch.site import Site, read_site
 from toolkit.launch.storage import check_storage, probe_directory
 
@@ -132,12 +131,8 @@ def _requests(config: Config, jobs: list[JobSpec], site: Site) -> Iterator[Findi
     for problem in problems:
         yield fault("request", problem)
     for role, job in {role_of(job.slot): job for job in jobs}.items():
-        wish = job.request
-        if role != "sidecar" and wish.gpu_request is None:
-            yield warning(
-                f"{role} request",
-                f"no GPU is asked for: set cluster.jobs.gpu_request (docs/clusters.md), or {role} computes on CPUs",
-            )
+        if (sentence := asks_for_no_gpu(job)) is not None:
+            yield warning(f"{role} request", sentence)
         if not any(problem.startswith(f"{role}:") for problem in problems):
             yield ok(f"{role} request", f"{_words(job, site)}: within the limits that Slurm tells")
 
@@ -158,8 +153,8 @@ def _rehearsed(config: Config, jobs: list[JobSpec]) -> Iterator[Finding]:
             yield ok(f"{role} script", batch.rehearse(job, config.cluster.query_timeout))
         except UserError as error:
             yield fault(f"{role} script", str(error))
-        except subprocess.TimeoutExpired:
-            yield warning(f"{role} script", "sbatch --test-only did not answer")
+        except Unavailable as error:
+            yield warning(f"{role} script", f"Slurm did not answer: {error}")
 
 
 def _preemption(config: Config, site: Site) -> Iterator[Finding]:

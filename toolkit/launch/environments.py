@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ NEEDS = {
         "from toolkit.inference import environment; environment.prepare(); import toolkit.inference.worker; from vllm import LLM",
         "inference",
         ("vllm", "torch", "transformers"),
-        "import submitit, datasets; from vllm import LLM",
+        "import submitit, pyarrow, transformers, jinja2; from vllm import LLM",
     ),
     "sidecar": Need(
         "import toolkit.sidecar.role, toolkit.sidecar.pending", "trainer", ("torch",), "import submitit, pyarrow, torch"
@@ -99,7 +100,7 @@ def check_environments(config: Config, roles: Sequence[str], code: Path) -> Iter
         wish = request(config.cluster, role)
         subject = f"{role} environment"
         if any(option.startswith("--container") for option in wish.srun):
-            command = f"srun {shlex.join(wish.srun)} {wish.python} -c {shlex.quote(NEEDS[role].by_hand)}"
+            command = f"srun {shlex.join(wish.srun)} {_python_of(wish)} -c {shlex.quote(NEEDS[role].by_hand)}"
             yield note(subject, f"a container that srun starts cannot be tried here; in a job: {command}")
         else:
             local = config.cluster.kind == "local"
@@ -107,7 +108,10 @@ def check_environments(config: Config, roles: Sequence[str], code: Path) -> Iter
 
 
 def attempt(role: str, wish: JobRequest, code: Path, local: bool, timeout: float = TIMEOUT) -> Trial:
-    """Run the lines of ``setup`` and the role's Python as its batch script would; on this machine roles start without a shell."""
+    """Run the lines of ``setup`` and the role's Python as its batch script would; on this machine roles start without a shell.
+
+    A job starts in the run directory, whose place ``code`` takes here: what is named relative to another one is not found.
+    """
     names = ["submitit", *NEEDS[role].packages, *ALIASES.values()]
     argument = json.dumps([names, [COMMON, NEEDS[role].start]])
     setup, exports = [] if local else wish.setup, {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
@@ -116,11 +120,12 @@ def attempt(role: str, wish: JobRequest, code: Path, local: bool, timeout: float
         *setup,
         "trap - ERR",
         *preamble(dataclasses.replace(wish, setup=[]), exports),
-        f"{wish.python} -c {shlex.quote(PROBE)} {shlex.quote(argument)}",
+        f"{_python_of(wish)} -c {shlex.quote(PROBE)} {shlex.quote(argument)}",
     ]
     started = time.monotonic()
     process = subprocess.Popen(
         ["/bin/bash", "-c", "\n".join(script)],
+        cwd=code,
         env=client_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -143,6 +148,11 @@ def attempt(role: str, wish: JobRequest, code: Path, local: bool, timeout: float
     return Trial(found, process.returncode, words, time.monotonic() - started)
 
 
+def _python_of(wish: JobRequest) -> str:
+    """The command that starts Python, as `toolkit.launch.batch` takes it."""
+    return wish.python or shlex.quote(sys.executable)
+
+
 def _judge(role: str, subject: str, wish: JobRequest, trial: Trial, local: bool) -> Iterator[Finding]:
     key, need = f"cluster.{role}.python", NEEDS[role]
     if trial.status is None:
@@ -150,7 +160,11 @@ def _judge(role: str, subject: str, wish: JobRequest, trial: Trial, local: bool)
             subject, f"its imports did not end within {trial.seconds:.0f} s; try again when it is quieter here"
         )
     elif trial.found is None:
-        program = shlex.split(wish.python or "")[0]
+        try:
+            program = shlex.split(_python_of(wish))[0]
+        except ValueError as error:
+            yield fault(subject, f"{key} is no command: {error}: {wish.python}")
+            return
         if trial.status == 127 and not local and "/" not in program:
             yield warning(
                 subject, f"there is no {program} here; if nodes have it, try it in a job ({key}): {trial.words}"
@@ -176,7 +190,7 @@ def _python(trial: Trial) -> str:
 
 def _lacking(subject: str, key: str, need: Need, trial: Trial, local: bool) -> Iterator[Finding]:
     assert trial.found is not None
-    install = f"pip install 'metaapo[{need.extra}]' there, or set {key}"
+    install = f"pip install '.[{need.extra}]' there, in a clone of this project, or set {key}"
     if tuple(trial.found["python"]) < LEAST_PYTHON:
         yield fault(subject, f"Python {_python(trial)}; {'.'.join(map(str, LEAST_PYTHON))} or newer is needed: {key}")
         return

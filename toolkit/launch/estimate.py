@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from toolkit.cluster import ClusterConfig
 from toolkit.config import Config
 from toolkit.launch.adapter import JobSpec
-
-
-def weight_bytes(folder: str) -> int:
-    """Bytes of a model folder's safetensors."""
-    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+from toolkit.launch.models import read_header
 
 
 def parameters(folder: str) -> int:
     """Parameters of a model folder: elements of its safetensors, read from their headers."""
-    count = 0
-    for path in Path(folder).glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                elements = 1
-                for size in entry["shape"]:
-                    elements *= size
-                count += elements
-    return count
+    headers = (read_header(path) for path in Path(folder).glob("*.safetensors"))
+    return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
 
 
 def disk(config: Config, count: int) -> tuple[int, int, int]:
@@ -51,17 +39,37 @@ def estimate(config: Config, jobs: Sequence[JobSpec]) -> list[str]:
         f"{count / 1e6:,.1f} M parameters; {len(config.gated)} rounds",
         f"disk: a checkpoint {checkpoint / 2**30:.2f} GiB, a policy {policy / 2**30:.2f} GiB, at most {peak / 2**30:.2f} GiB at a time "
         f"(retention.checkpoints={config.retention.checkpoints}, retention.policies={config.retention.policies})",
-        _bound(jobs),
+        _devices(config.cluster, jobs),
     ]
 
 
-def _bound(jobs: Sequence[JobSpec]) -> str:
-    """What one attempt of each job may cost at most."""
-    hours = sum(job.nodes * job.gpus_per_node * (job.request.time_minutes or 0) / 60 for job in jobs)
+def _devices(cluster: ClusterConfig, jobs: Sequence[JobSpec]) -> str:
+    """What the jobs compute on, and what of that may be billed at most."""
     trainer = sum(job.nodes * job.gpus_per_node for job in jobs if job.slot == "trainer")
     others = sum(job.nodes * job.gpus_per_node for job in jobs if job.slot != "trainer")
-    longest = max((job.request.time_minutes or 0) / 60 for job in jobs)
+    devices = f"devices: {trainer} for the trainer, {others} for inference"
+    if cluster.kind == "local":
+        return devices
+    links = cluster.links if cluster.chained else 1
+    billed = [
+        job.nodes * (cluster.ranks_per_node if _is_whole(job) else job.gpus_per_node)
+        for job in jobs
+        if job.gpus_per_node
+    ]
+    minutes = [job.request.time_minutes or 0 for job in jobs if job.gpus_per_node]
+    hours = links * sum(gpus * time / 60 for gpus, time in zip(billed, minutes, strict=True))
     return (
-        f"devices: {trainer} for the trainer, {others} for inference; one attempt of each is bounded by {hours:,.1f} GPU-hours "
-        f"({longest:g} h wall time); attempts that die or reach their wall time are followed by others"
+        f"{devices}; {f'{links} attempts' if links > 1 else 'one attempt'} of each cost at most {hours:,.1f} GPU-hours "
+        f"(wall times up to {max(minutes, default=0) / 60:g} h"
+        + (
+            f"; whole nodes of {cluster.ranks_per_node} GPUs: cluster.ranks_per_node"
+            if any(map(_is_whole, jobs))
+            else ""
+        )
+        + "); attempts that die or reach their wall time are followed by others"
     )
+
+
+def _is_whole(job: JobSpec) -> bool:
+    """Whether a job is given nodes of its own, all of whose GPUs count."""
+    return job.gpus_per_node > 0 and (not job.request.gpu_request or "--exclusive" in job.request.options)

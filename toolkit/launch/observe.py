@@ -9,7 +9,7 @@ from toolkit.errors import UserError
 from toolkit.exchange import jobs
 from toolkit.exchange.run import Run
 from toolkit.launch.adapter import State, Unavailable, adapter
-from toolkit.launch.attempts import Attempt, attempts, known_slots, slots
+from toolkit.launch.attempts import Attempt, attempts, every_slot
 from toolkit.launch.supervise import Supervisor
 from toolkit.launch.tick import describe
 
@@ -25,8 +25,7 @@ def observe(run: Run, ask: bool = True) -> dict[str, Any]:
         ``unanswered``: why the scheduler's part is missing, or None.
     """
     supervisor = Supervisor(run.root, run.attempt, adapter(run.config))
-    every = dict.fromkeys([*slots(run.config), *known_slots(run)])
-    supervisor.histories = {slot: attempts(run, slot) for slot in every}
+    supervisor.histories = {slot: attempts(run, slot) for slot in every_slot(run)}
     living = [attempt for history in supervisor.histories.values() for attempt in history if not attempt.over]
     unanswered = None
     if ask and living and run.root.stat().st_uid == os.getuid():

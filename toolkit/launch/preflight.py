@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
+from typing import Any
 
 from toolkit.algorithms import gates, objectives, references
 from toolkit.config import Config
-from toolkit.errors import UserError, unknown
+from toolkit.data.prefetch import is_hub_id
+from toolkit.errors import UserError
+from toolkit.inference.settings import EngineSettings, SamplingSettings
+from toolkit.launch import local
+from toolkit.launch.models import check_chat_template, check_model, size
 
 POLICIES = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
@@ -35,76 +40,72 @@ def preflight(config: Config) -> None:
             "method.weight.kind=constant needs method.weight.parameters.value in [0, 1], got "
             f"{method.weight.parameters.get('value')!r}"
         )
-    if not Path(config.data.path).exists() and ("/" not in config.data.path or config.data.path.startswith(("/", "."))):
-        raise UserError(f"data.path: expected a file or a dataset id, got {config.data.path}, which does not exist")
+    path = Path(config.data.path)
+    if not path.is_file() and not is_hub_id(config.data.path):
+        what = "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"data.path: expected a file or a dataset id owner/name, got {config.data.path}, which {what}")
+    for name, metric in config.evaluation.metrics.items():
+        if not Path(metric.file).is_file():
+            raise UserError(
+                f"evaluation.metrics.{name}.file: expected a Python file, got {metric.file!r}, which is none"
+            )
+    _check_inference(config)
     model = check_model("model.policy", config.model.policy, POLICIES)
     check_chat_template("model.policy", Path(config.model.policy))
     if config.model.reference is not None:
         check_model("model.reference", config.model.reference, POLICIES)
     for key, folder in (("reward.model", config.reward.model), ("evaluation.reward", config.evaluation.reward)):
         if folder is not None:
-            check_model(key, folder, None)
+            judge = check_model(key, folder, None)
             check_chat_template(key, Path(folder))
+            _check_workers(config, key, folder, judge)
     _check_layout(config, model)
+    _check_workers(config, "model.policy", config.model.policy, model)
+    if config.cluster.kind == "local":
+        local.gpus(config, "trainer", local.visible(os.environ))
 
 
-def check_model(key: str, folder: str, architectures: set[str] | None) -> dict:
-    """The ``config.json`` of a Hugging Face folder that is complete, by its own index, and of a supported architecture.
-
-    Args:
-        architectures: the supported ones; None for a sequence classifier.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(
-            f"{key}: expected a Hugging Face folder, got {folder}, which is not a directory. A model of the Hub is downloaded "
-            f"first, where there is a network: metaapo prefetch … {key}={folder} --to DIR"
-        )
+def _check_inference(config: Config) -> None:
+    """What the engines would refuse in a job."""
+    inference, sampling, evaluation = config.inference, config.method.sampling, config.evaluation
     try:
-        description = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{key}: {folder} has no config.json; is it a Hugging Face folder?") from None
-    except ValueError as error:
-        raise UserError(f"{key}: {folder}/config.json is not JSON: {error}") from error
-    found = (description.get("architectures") or ["none named"])[0]
-    if architectures is not None and found not in architectures:
-        raise unknown(f"{key}: architecture", found, architectures)
-    if architectures is None and not found.endswith("ForSequenceClassification"):
-        raise UserError(f"{key}: expected a sequence classifier (…ForSequenceClassification), got {found} in {folder}")
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    missing = [name for name in names if not (path / name).is_file()]
-    if missing:
-        raise UserError(f"{key}: {folder} is incomplete: {', '.join(missing)} missing (only safetensors are read)")
-    return description
+        where = "method.sampling"
+        SamplingSettings(sampling.samples, sampling.temperature, sampling.top_p, sampling.max_new_tokens)
+        where = "evaluation"
+        SamplingSettings(1, evaluation.temperature, evaluation.top_p, sampling.max_new_tokens)
+        where = "inference"
+        EngineSettings(
+            inference.dtype,
+            inference.max_model_len,
+            inference.tensor_parallel,
+            inference.kv_cache_gib,
+            inference.gpu_memory_utilization,
+        )
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
 
 
-def check_chat_template(key: str, path: Path) -> None:
-    """Refuse a tokenizer folder without chat template."""
-    settings = path / "tokenizer_config.json"
-    if not settings.exists() and not (path / "tokenizer.json").exists():
-        raise UserError(f"{key}: {path} has no tokenizer (tokenizer.json, tokenizer_config.json)")
-    inside = settings.exists() and json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
-    if not inside and not (path / "chat_template.jinja").exists() and not (path / "chat_template.json").exists():
+def _check_workers(config: Config, key: str, folder: str, model: dict[str, Any]) -> None:
+    heads = size(key, folder, model, "num_attention_heads")
+    if heads % config.inference.tensor_parallel:
         raise UserError(
-            f"{key}: the tokenizer of {path} has no chat template, so prompts cannot be rendered. Add chat_template.jinja to the "
-            "folder (from the instruct version of the model, for instance)."
+            f"inference.tensor_parallel={config.inference.tensor_parallel} does not divide the {heads} attention heads of {key}"
         )
 
 
-def _check_layout(config: Config, model: dict) -> None:
+def _check_layout(config: Config, model: dict[str, Any]) -> None:
     trainer = config.trainer
-    layers, heads = model["num_hidden_layers"], model["num_attention_heads"]
+    layers, heads, hidden = (
+        size("model.policy", config.model.policy, model, name)
+        for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size")
+    )
     groups = model.get("num_key_value_heads") or heads
     world = trainer.tensor * trainer.pipeline * trainer.data
     equation = f"{world} = tensor {trainer.tensor} x pipeline {trainer.pipeline} x data {trainer.data}"
     for what, count, by, key in (
         ("attention heads", heads, trainer.tensor, "trainer.tensor"),
         ("key-value heads", groups, trainer.tensor, "trainer.tensor"),
-        ("hidden units of the MLP", model["intermediate_size"], trainer.tensor, "trainer.tensor"),
+        ("hidden units of the MLP", hidden, trainer.tensor, "trainer.tensor"),
         ("layers", layers, trainer.pipeline, "trainer.pipeline"),
     ):
         if count % by:

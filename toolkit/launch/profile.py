@@ -274,9 +274,8 @@ def _margin(shortest: float) -> int:
 def _submit_limit(site: Site) -> list[str]:
     usual = quality(site, JobRequest())
     limits = [(site.qos.get(usual, {}).get("MaxSubmitPU", ""), f"sacctmgr show qos {usual}: MaxSubmitPU")]
-    limits += [
-        (row["MaxSubmitJobs"], f"sacctmgr show assoc: MaxSubmitJobs of {row['Account']}") for row in site.associations
-    ]
+    own = association(site, JobRequest()).get("MaxSubmitJobs", "")
+    limits.append((own, f"sacctmgr show assoc: MaxSubmitJobs of {site.account}"))
     known = [(int(limit), source) for limit, source in limits if limit.isdigit()]
     if not known:
         return ["# submit_limit: 100  # sacctmgr knows of none for you; Slurm's refusals say when the queue is full"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from toolkit.errors import UserError
 from toolkit.exchange import layout
@@ -24,6 +25,18 @@ def replayed_refs(source: Run) -> Iterator[Ref]:
         yield layout.phi(version)
 
 
+def finished_run(root: Path) -> Run:
+    """The run to be replayed.
+
+    Raises:
+        UserError: there is none, or it is still training.
+    """
+    source = Run.open(root)
+    if not source.finished():
+        raise UserError(f"replay_from: {root} has not trained its last round yet; a replay needs all its records")
+    return source
+
+
 def import_records(source: Run, run: Run) -> int:
     """Publish in ``run`` what a replay of ``source`` takes over, byte for byte, each record naming the one it came from.
 
@@ -33,10 +46,6 @@ def import_records(source: Run, run: Run) -> int:
     Raises:
         UserError: a record of the source is damaged.
     """
-    if not source.finished():
-        raise UserError(
-            f"replay_from: {source.root} has not trained its last round yet; a replay needs all its records"
-        )
     count = 0
     for ref in replayed_refs(source):
         manifest = source.records.find(ref)

@@ -17,8 +17,9 @@ from toolkit.errors import UserError
 from toolkit.launch import batch
 from toolkit.launch.adapter import Job, JobSpec, State, Unavailable
 
+COMPLETING = "COMPLETING"  # its processes are being ended; it stays so while one of them cannot be
 PENDING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
-RUNNING = {"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"}
+RUNNING = {"RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"}
 DEATHS = {  # Slurm's word for the end of a job -> kind of death, what it means
     "COMPLETED": ("crash", "its job ended without a word of the role"),
     "FAILED": ("crash", "its job failed without a word of the role"),
@@ -30,7 +31,6 @@ DEATHS = {  # Slurm's word for the end of a job -> kind of death, what it means
     "BOOT_FAIL": ("node", "its node failed to start"),
     "LAUNCH_FAILED": ("node", "its node could not start it"),
     "CANCELLED": ("cancelled", "somebody cancelled its job"),
-    "REVOKED": ("unknown", "another cluster took its job"),
 }
 CHUNK = 500  # ids of one scancel
 
@@ -109,6 +109,7 @@ class SlurmAdapter:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
+                errors="replace",  # jobs of this user may have any names
                 timeout=self.timeout,
                 check=False,
             )
@@ -138,6 +139,8 @@ def _rows(output: str, columns: int) -> list[list[str]]:
 def _job(word: str, number: str, reason: str, nodes: str, seconds: float) -> Job:
     if word in PENDING:
         return Job(State.PENDING, number, reason)
+    if word == COMPLETING:
+        return Job(State.RUNNING, number, word, nodes, "node", "Slurm cannot end its processes", seconds)
     if word in RUNNING:
         return Job(State.RUNNING, number, "" if reason == "None" else reason, nodes, seconds=seconds)
     if word not in DEATHS:

@@ -157,7 +157,7 @@ def kept(config: Config) -> int:
     """Bytes of the checkpoints and policies that are kept at a time, at most; 0 if the model is not there."""
     try:
         return disk(config, parameters(config.model.policy))[2]
-    except (OSError, ValueError, KeyError):
+    except (OSError, UserError):
         return 0
 
 

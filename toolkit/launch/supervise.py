@@ -18,8 +18,8 @@ from toolkit.exchange.readiness import trainer_has_work, workers_have_work
 from toolkit.exchange.run import Run
 from toolkit.launch import snapshot
 from toolkit.launch.adapter import Adapter, Busy, Job, JobSpec, State
-from toolkit.launch.attempts import Attempt, attempts, known_slots, progress, slots
-from toolkit.launch.deaths import bad_nodes, memory_words, verdict
+from toolkit.launch.attempts import Attempt, attempts, every_slot, known_slots, progress, slots
+from toolkit.launch.deaths import CORNERED, bad_nodes, is_cornered, memory_words, verdict
 from toolkit.launch.handover import keeper
 
 LOST_BEATS = 20  # heartbeats missed after which a started attempt that the scheduler does not remember is given up
@@ -37,11 +37,28 @@ FATAL = {  # reasons for which a job is pending for ever
     "AccountNotAllowed": "the account may not use the partition",
     "QOSNotAllowed": "the QOS may not be used in the partition",
 }
+PER_JOB = (
+    "CpuPerJobLimit",
+    "NodePerJobLimit",
+    "MemPerJob",
+    "MemoryPerJob",
+    "GRESPerJob",
+    "BillingPerJob",
+    "LicensePerJob",
+)
+FATAL |= {
+    f"{who}Max{what}": "it asks for more than the QOS or account gives to a job"
+    for who in ("QOS", "Assoc")
+    for what in PER_JOB
+}
 
 
 def start_patience(config: Config) -> float:
-    """Seconds after which an attempt that neither started nor is known to the scheduler is given up."""
-    return max(30.0, 1.5 * config.cluster.supervise)
+    """Seconds after which an attempt that neither started nor is known to the scheduler is given up.
+
+    Longer than its submitter may still be waiting for the scheduler's answer.
+    """
+    return max(1.5 * config.cluster.supervise, config.cluster.query_timeout + 30.0)
 
 
 class Supervisor:
@@ -74,6 +91,8 @@ class Supervisor:
         self.jobs = self.adapter.look([attempt.id for attempt in asked], since) if asked else {}
         for attempt in living:
             self._examine(run, attempt, self.jobs[attempt.id])
+        # A job of an attempt that was given up may have been accepted after all, as late as a controller stalls.
+        self._kill(a for history in self.histories.values() for a in history if a.outcome == "voided")
         # Its other ranks wait for the one that failed.
         self._kill(attempt for attempt in failed if self.jobs[attempt.id].state is State.RUNNING)
         self._read(run)
@@ -86,14 +105,15 @@ class Supervisor:
         self._release(run, exclude)
         for slot in wanted:
             number = len(self.histories[slot])
+            avoided = () if is_cornered(self.histories[slot], time.time()) else exclude
             if self._is_due(run, slot, incarnation):
-                submit(run, self.adapter, slot, number, incarnation, exclude=exclude)
+                submit(run, self.adapter, slot, number, incarnation, exclude=avoided)
             elif (before := self._predecessor(run, slot)) is not None:
-                submit(run, self.adapter, slot, number, incarnation, before, exclude)
+                submit(run, self.adapter, slot, number, incarnation, before, avoided)
         self._read(run)
 
     def _read(self, run: Run) -> None:
-        for slot in dict.fromkeys([*slots(run.config), *known_slots(run)]):
+        for slot in every_slot(run):
             self.histories[slot] = attempts(run, slot, self.histories.get(slot, []))
 
     def _examine(self, run: Run, attempt: Attempt, job: Job) -> None:
@@ -101,7 +121,8 @@ class Supervisor:
         if attempt.start is None:
             self._examine_unstarted(run, attempt, job)
             return
-        gone = job.state is State.GONE or (job.state is State.UNKNOWN and self._is_lost(run, attempt))
+        quiet = job.state is State.UNKNOWN or job.reason == "COMPLETING"
+        gone = job.state is State.GONE or (quiet and self._is_lost(run, attempt))
         if not gone and self.adapter.same_machine:
             facts = attempt.start.attributes
             gone = jobs.is_this_host(facts) and not jobs.is_alive(facts)
@@ -119,9 +140,13 @@ class Supervisor:
 
     def _examine_unstarted(self, run: Run, attempt: Attempt, job: Job) -> None:
         if job.state is State.PENDING and job.reason in FATAL and run.closing(attempt.incarnation) is None:
-            void(run, attempt, f"pending for ever: {job.reason}")
+            cornered = job.reason == "BadConstraints" and attempt.intent.attributes.get("exclude")
+            if cornered:
+                void(run, attempt, CORNERED, kind="withdrawn")
+            else:
+                void(run, attempt, f"pending for ever: {job.reason}")
             self.adapter.cancel([attempt.id], kill=True)
-            if job.reason != "DependencyNeverSatisfied":
+            if not cornered and job.reason != "DependencyNeverSatisfied":
                 why = f"{attempt.slot} would never start: {FATAL[job.reason]} (Slurm: {job.reason}, job {job.id})."
                 run.close("failed", f"{why} Mend the profile: metaapo resume {run.root} cluster.KEY=VALUE")
                 raise UserError(why)
@@ -184,7 +209,7 @@ class Supervisor:
             run.close("failed", reason)
             raise UserError(reason)
         met = [attempt for attempt in ours if not attempt.turned_away]
-        return self._has_room(run, ours) and _wanted(run, slot, met, incarnation)
+        return self._has_room(run, ours) and has_work(run, slot, met, incarnation)
 
     def _predecessor(self, run: Run, slot: str) -> str | None:
         """Id of the job behind which the keeper's successor is to be queued now, if it is not."""
@@ -206,7 +231,7 @@ class Supervisor:
         return (room is None or room > 0) and (not refusals or time.time() - history[-1].intent.written > wait)
 
 
-def _wanted(run: Run, slot: str, history: Sequence[Attempt], incarnation: int) -> bool:
+def has_work(run: Run, slot: str, history: Sequence[Attempt], incarnation: int) -> bool:
     """Whether a slot without a living attempt has anything to do."""
     outcome = history[-1].outcome if history and history[-1].incarnation == incarnation else None
     if outcome == "starved":
@@ -222,9 +247,11 @@ def void(run: Run, attempt: Attempt, reason: str, kind: str = "unknown") -> None
 
 def withdraw(run: Run, adapter: Adapter) -> None:
     """Take a closed run's pending attempts out of the queue, and ask the running ones to leave."""
-    living = [attempt for slot in known_slots(run) for attempt in attempts(run, slot) if not attempt.over]
+    every = [attempt for slot in known_slots(run) for attempt in attempts(run, slot)]
+    living = [attempt for attempt in every if not attempt.over]
     if living:
         adapter.look([attempt.id for attempt in living], min(attempt.intent.written for attempt in living))
+    adapter.cancel([attempt.id for attempt in every if attempt.outcome == "voided"], kill=True)
     _clear(run, adapter, living)
 
 
@@ -286,6 +313,9 @@ def submit(
         void(run, Attempt(slot, number, intent, None, None), f"no room: {error}", kind="busy")
         return None
     except UserError as error:  # it would be refused again
+        if exclude:  # but perhaps only because of the nodes that it avoids
+            void(run, Attempt(slot, number, intent, None, None), CORNERED, kind="withdrawn")
+            return None
         run.close("failed", str(error))
         raise
     except Exception as error:  # it may have been accepted: the next look at the scheduler tells

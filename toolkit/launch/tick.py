@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from toolkit.errors import UserError
 from toolkit.exchange import hints
-from toolkit.exchange.reports import condemn_reported
+from toolkit.exchange.records import Corrupt
+from toolkit.exchange.reports import condemn_reported, report
 from toolkit.exchange.retention import Sweep, collect_garbage
 from toolkit.exchange.run import Run
-from toolkit.launch.adapter import Adapter, State
+from toolkit.launch.adapter import Adapter, State, Unavailable
 from toolkit.launch.attempts import Attempt, current, gpu_hours
 from toolkit.launch.deaths import bad_nodes, by_kind
+from toolkit.launch.drift import changed_packages
 from toolkit.launch.supervise import Supervisor
 from toolkit.reporting import status
 
@@ -38,17 +41,26 @@ class Tick:
 
     def supervise(self) -> None:
         """Bury the dead, submit what is due. Raises UserError when the run cannot go on, Unavailable when nobody answers."""
+        unanswered = None
         try:
             self.supervisor.supervise()
+        except Corrupt as error:
+            report(self.run, error)  # the next `advance` condemns it
+            raise
+        except (Unavailable, UserError) as error:
+            if self.run.closing() is None:  # else it is closed with that reason
+                unanswered = str(error)
+            raise
         finally:
-            self.control = describe(self.supervisor)
+            self.control = describe(self.supervisor) | {"unanswered": unanswered}
 
 
 def describe(supervisor: Supervisor) -> dict[str, Any]:
     """What the control plane knows, as JSON values, for the status.
 
     Returns:
-        ``jobs``: of each slot the attempt that stands for it; ``deaths`` by kind; ``gpu_hours``; ``avoided`` nodes.
+        ``jobs``: of each slot the attempt that stands for it; ``deaths`` by kind; ``gpu_hours``; ``avoided`` nodes;
+        ``drift``: packages that changed meanwhile, a sentence each.
     """
     histories = [history for history in supervisor.histories.values() if history]
     newest = max((history[-1].incarnation for history in histories), default=0)
@@ -57,6 +69,7 @@ def describe(supervisor: Supervisor) -> dict[str, Any]:
         "deaths": by_kind(histories),
         "gpu_hours": round(gpu_hours(histories, time.time()), 3),
         "avoided": list(bad_nodes(histories, newest, time.time())),
+        "drift": changed_packages(histories),
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.text import Text
 from toolkit.cluster import role_of
 from toolkit.errors import UserError
 from toolkit.exchange import hints
+from toolkit.exchange.records import Corrupt
 from toolkit.exchange.run import Run
 from toolkit.launch.attempts import Attempt, attempts, current, known_slots
 from toolkit.launch.observe import observe
@@ -49,15 +51,25 @@ def explain(run: Run) -> dict[str, Any]:
         ``findings``: see `Finding`, those that matter most first.
     """
     previous = hints.status(run.root)
-    status = collect(run, observe(run), previous) | {"written": previous.get("written")}
+    try:
+        status = collect(run, observe(run), previous) | {"written": previous.get("written")}
+        findings = _findings(run, status)
+    except Corrupt as error:
+        status = collect(run, {}, previous)
+        findings = [Finding("damaged record", str(error), f"metaapo tick {run.root}")]
+    facts = {key: status[key] for key in ("run", "outcome", "reason", "ended", "deaths")}
+    return facts | {"findings": [asdict(finding) for finding in findings]}
+
+
+def _findings(run: Run, status: dict[str, Any]) -> list[Finding]:
+    """What keeps a run from going on, those that matter most first."""
     is_open = status["outcome"] is None
     findings = standstill.of_open_run(run, status) if is_open else []
     if is_open or status["outcome"] == "failed":
         findings += _deaths(run, status["incarnation"], is_open)
         findings += standstill.condemned(run)
         findings += standstill.avoided(status["avoided"])
-    facts = {key: status[key] for key in ("run", "outcome", "reason", "ended", "deaths")}
-    return facts | {"findings": [asdict(finding) for finding in findings]}
+    return findings
 
 
 def _deaths(run: Run, incarnation: int | None, is_open: bool) -> list[Finding]:
@@ -67,14 +79,20 @@ def _deaths(run: Run, incarnation: int | None, is_open: bool) -> list[Finding]:
     dead = [attempt for attempt in every if attempt.death is not None and attempt.incarnation == incarnation]
     found: dict[tuple[str, ...], Finding] = {}
     examined: dict[tuple[str, str], list[Finding]] = {}
+    older: Counter[tuple[str, str]] = Counter()  # those that are not looked at
     for attempt in sorted(dead, key=_ended, reverse=True):
         assert attempt.death is not None
-        alike = examined.setdefault((role_of(attempt.slot), attempt.death["kind"]), [])
-        if len(alike) < EXAMINED:
-            diagnosis = _diagnose(run, attempt)
-            key = (role_of(attempt.slot), diagnosis.kind, diagnosis.meaning)
-            alike.append(found.setdefault(key, diagnosis))
+        kind = (role_of(attempt.slot), attempt.death["kind"])
+        alike = examined.setdefault(kind, [])
+        if len(alike) == EXAMINED:
+            older[kind] += 1
+            continue
+        diagnosis = _diagnose(run, attempt)
+        alike.append(found.setdefault((kind[0], diagnosis.kind, diagnosis.meaning), diagnosis))
         alike[-1].attempts.append(_facts(attempt))
+    for kind, number in older.items():
+        counted = f"{number:,} older {'death was' if number == 1 else 'deaths were'} not looked at ({', '.join(kind)})"
+        examined[kind][-1].meaning += f"\n{counted}. All of them:\nmetaapo logs {run.root} --list"
     for finding in found.values() if is_open else ():
         newest = current(histories[finding.attempts[0]["slot"]])
         if newest.number > finding.attempts[0]["number"]:

@@ -62,7 +62,7 @@ def sampled_rewards(reader: Reader, rounds: Sequence[dict[str, Any]]) -> dict[in
             for table in read
             if table is not None
             for rewards in table["rewards"].to_pylist()
-            if (known := [value for value in rewards if _finite(value) is not None])
+            if (known := [value for value in rewards if finite(value) is not None])
         ]
         if prompts:
             found[index] = {
@@ -138,12 +138,12 @@ def _pairs(reader: Reader, round_index: int, shard: int) -> list[dict[str, Any]]
 def _sampled_pair(
     annotation: dict[str, Any], pair: dict[str, Any], gate: dict[str, Any], said: dict[tuple[str, int], dict[str, Any]]
 ) -> dict[str, Any]:
-    online: dict[str, Any] = {"rewards": [_finite(value) for value in annotation["rewards"]]}
+    online: dict[str, Any] = {"rewards": [finite(value) for value in annotation["rewards"]]}
     for side in ("chosen", "rejected"):
         response = said.get((annotation["pair_id"], annotation[f"{side}_sample"]), {})
         online[side] = {
             "text": response.get("text"),
-            "reward": _finite(annotation[f"{side}_reward"]),
+            "reward": finite(annotation[f"{side}_reward"]),
             "finish_reason": response.get("finish_reason"),
         }
     return {
@@ -184,5 +184,6 @@ def _heldout(run: Run, reader: Reader) -> list[dict[str, Any]]:
         return []
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
+    """A number, or None for one that is not finite."""
     return value if value is not None and math.isfinite(value) else None

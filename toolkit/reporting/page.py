@@ -109,7 +109,6 @@ body { margin: 0; background: var(--paper); color: var(--ink);
 main { max-width: 1120px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; letter-spacing: -0.015em; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.75rem 0 0.5rem; letter-spacing: -0.005em; }
-h3 { font-size: 0.95rem; margin: 1.5rem 0 0.5rem; }
 p { margin: 0.4rem 0; max-width: 75ch; }
 .note, .lead { color: var(--muted); max-width: 90ch; }
 .badge { display: inline-block; padding: 0.1rem 0.6rem; border-radius: 1rem; border: 1px solid; font-size: 0.85rem;
@@ -154,7 +153,7 @@ footer { margin-top: 3rem; color: var(--muted); font-size: 0.85rem; }
     --bad: #c02b2b; --warn: #8a5a00; --warn-paper: #fff; --c1: #2f6fed; --c2: #e0752d; --c3: #1f9d6b; --c4: #c13a8a;
     --c5: #7a5ad6; --c6: #12909f; --c7: #a08a12; --c8: #94614a; }
   main { max-width: none; padding: 0; } body { font-size: 11px; }
-  figure, .pair, .card, tr { break-inside: avoid; } h2, h3, h2 + .note { break-after: avoid; }
+  figure, .pair, .card, tr { break-inside: avoid; } h2, h2 + .note { break-after: avoid; }
   .scroll { overflow: visible; } th, td { padding: 0.2rem 0.35rem; } h2 { margin-top: 1.5rem; }
   .grid { grid-template-columns: repeat(3, 1fr); } .text { max-height: none; }
   details::details-content { content-visibility: visible; height: auto; }

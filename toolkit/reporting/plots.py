@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Colours that stand for the page's: matplotlib must be given some, and the SVG's are then replaced by CSS variables.
 INK, MUTED, GRID, PAPER = "#0a0001", "#0a0002", "#0a0003", "#0a0004"
@@ -22,6 +23,7 @@ STYLE = {
     "svg.hashsalt": "metaapo",  # the same numbers give the same text
     "font.size": 9,
     "text.color": INK,
+    "text.parse_math": False,  # names may hold a dollar sign
     "axes.labelcolor": MUTED,
     "axes.edgecolor": GRID,
     "axes.facecolor": "none",
@@ -87,17 +89,23 @@ def by_policy(values: Mapping[int, float], errors: Mapping[int, float | None], n
         )
         if name == "win rate":
             axes.axhline(0.5, color=MUTED, linewidth=0.8, linestyle="--")
-        axes.set_xticks(versions)
-        axes.margins(x=0.08, y=0.15)
+        _numbered(axes, versions)
+        axes.margins(y=0.15)
         axes.set_xlabel("policy")
         axes.set_ylabel(name)
         return _svg(figure)
 
 
+def _numbered(axes: Axes, numbers: Sequence[int]) -> None:
+    """Whole numbers along x, a few of them however many there are."""
+    axes.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 def outcomes_by_round(rounds: Sequence[Mapping[str, object]]) -> str:
     """What became of the pairs of each gated round: not sampled, and the annotations' outcomes; fractions of the round."""
     with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
-        figure, axes = _figure((SMALL[0], max(1.0 + 0.32 * len(rounds), SMALL[1])))
+        figure, axes = _figure((SMALL[0], max(1.0 + 0.2 * len(rounds), SMALL[1])))
         present = [name for name in OUTCOMES if any(entry["outcomes"].get(name) for entry in rounds)]
         labels = [f"round {entry['round']}" for entry in rounds]
         left = np.zeros(len(rounds))
@@ -111,7 +119,7 @@ def outcomes_by_round(rounds: Sequence[Mapping[str, object]]) -> str:
         for index, fraction in enumerate(asked):
             axes.text(max(fraction, left[index]) + 0.015, index, f"{fraction:.0%}", va="center", fontsize=8.5)
         axes.set_xlim(0, 1)
-        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.invert_yaxis()
         axes.set_xlabel("of the round's pairs")
         _legend_above(axes)
@@ -127,8 +135,8 @@ def rewards_by_round(rewards: Mapping[int, Mapping[str, float]]) -> str:
             axes.plot(
                 rounds, [rewards[r][name] for r in rounds], color=SERIES[index], marker="o", markersize=5, label=name
             )
-        axes.set_xticks(rounds)
-        axes.margins(x=0.08, y=0.15)
+        _numbered(axes, rounds)
+        axes.margins(y=0.15)
         axes.set_xlabel("round")
         axes.set_ylabel("reward")
         _legend_above(axes)
@@ -237,7 +245,8 @@ def by_step(
             x, y = np.array([step for step, _ in known]), np.array([value for _, value in known])
             window = len(y) // 50
             if window > 1:
-                axes.plot(x, y, color=SERIES[index], alpha=0.2, linewidth=0.8)
+                # under all means, and paler the more lie on each other
+                axes.plot(x, y, color=SERIES[index], alpha=min(0.2, 200 / len(y)), linewidth=0.8, zorder=1)
                 y = np.convolve(y, np.full(window, 1 / window), "valid")
                 x = x[window - 1 :]
             axes.plot(x, y, color=SERIES[index], label=label)

@@ -14,8 +14,7 @@ from toolkit.exchange import layout, series
 from toolkit.exchange.plan import Plan
 from toolkit.exchange.records import Manifest, Ref
 from toolkit.exchange.run import Run
-from toolkit.inference.summary import summarise
-from toolkit.reporting.paired import changes
+from toolkit.reporting.evaluation import summarise
 
 WINDOW = 64  # open shards looked at in one go; the workers' own window
 FLAT = 1e-4  # a gate whose weights differ by less than this cannot tell pairs apart
@@ -178,8 +177,7 @@ def newest_checkpoint(reader: Reader) -> Manifest | None:
 
 
 def evaluations(reader: Reader, known: list[dict[str, Any]], newest: int | None) -> list[dict[str, Any]]:
-    """What each evaluated policy's evaluation comes to: ``version``, what `toolkit.inference.summary.summarise` returns, and the
-    ``change`` against the initial policy (`toolkit.reporting.paired.changes`).
+    """What each evaluated policy's evaluation comes to: ``version``, and what `toolkit.reporting.evaluation.summarise` returns.
 
     Args:
         known: what this returned before.
@@ -196,7 +194,6 @@ def evaluations(reader: Reader, known: list[dict[str, Any]], newest: int | None)
             "version": version,
             "compared_with_initial": initial is not None,
             **summarise(table, against),
-            "change": changes(table, against) if version else {},
         }
     return [found[version] for version in sorted(found)]
 

@@ -16,30 +16,34 @@ from toolkit.exchange.run import Run, flatten
 from toolkit.reporting import gather, metrics, page, plots
 from toolkit.reporting.page import Html, tag
 from toolkit.reporting.progress import Reader
-from toolkit.reporting.summary import summarise_run, with_error, with_sign
+from toolkit.reporting.summary import policies_table, rounds_table, with_sign
 from toolkit.reporting.terminal import SHOWN_HOURS, deaths, duration, metric_names
 from toolkit.reporting.timing import ACTIVITIES, IDLE, STARTING
 
 PAIRS_SHOWN = 3  # a round
+ROUNDS_DRAWN = 20  # whose outcomes are drawn
 PROMPTS_SHOWN = 6  # held-out prompts
 ATTEMPTS_SHOWN = 60
 BARS_SHOWN = 10  # slots with a bar of their own in the picture of where the time went
 
 
-def write_report(run: Run) -> Path:
+def write_report(run: Run, summary: dict[str, Any]) -> Path:
     """Write ``report.html`` in the run directory; of an unfinished run it shows what is there.
+
+    Args:
+        summary: from `toolkit.reporting.summary.summarise_run`.
 
     Raises:
         ImportError: matplotlib is not installed here.
     """
     path = run.root / "report.html"
-    filesystem.replace(path, html(run).encode())
+    filesystem.replace(path, html(run, summary).encode())
     return path
 
 
-def html(run: Run) -> str:
+def html(run: Run, summary: dict[str, Any]) -> str:
     """The report as one self-contained HTML document."""
-    summary, reader = summarise_run(run), Reader(run)
+    reader = Reader(run)
     sections = [_cards(summary), _rounds(summary), _quality(summary)]
     if summary["pairs"]:
         sections += [_gate(reader, summary), _training(run), _time(summary), *_texts(reader, summary), _data(run)]
@@ -81,7 +85,7 @@ def _cards(summary: dict[str, Any]) -> Html:
     entries.append(("win rate", "–" if win_rate is None else f"{win_rate:.1%}", "last policy against the start"))
     made, of, saved = (summary["annotations"][key] for key in ("made", "of", "saved_fraction"))
     if saved is not None:
-        entries.append(("annotations saved", f"{saved:.1%}", f"{made:,} made, {of:,} if all were sampled"))
+        entries.append(("annotations saved", f"{saved:.1%}", f"{made:,} responses judged, {of:,} if all were sampled"))
     steps = summary["steps"]
     entries.append(("pairs", f"{summary['pairs']:,}", f"{steps['done']:,} of {steps['of'] or 0:,} optimizer steps"))
     attempts, died = len(summary["attempts"]), sum(summary["deaths"].values())
@@ -108,42 +112,11 @@ def _change(ends: dict[str, float | None], change: dict[str, float | None] | Non
 
 
 def _rounds(summary: dict[str, Any]) -> Html:
-    names = metric_names(summary["policies"])
-    headings = ["round", "pairs", "sampled", "online pairs", "ties", "all cut", "failed"]
-    headings += ["reward", "win rate", *(f"{name} reward" for name in names), "tokens", "cut"]
-    policies = {policy["version"]: policy for policy in summary["policies"]}
-    rows = [["start", *[""] * 6, *_policy_cells(policies.get(0), names)]]
-    for entry in [summary["warm_start"], *summary["rounds"]]:
-        if entry is not None:
-            label = f"{entry['round']} (warm start)" if entry is summary["warm_start"] else str(entry["round"])
-            after = _policy_cells(policies.get(entry["round"] + 1), names)
-            rows.append([label, f"{entry['pairs']:,}", *_gate_cells(entry), *after])
     note = (
-        "What each round asked for, and the policy that it made, on the held-out prompts: mean ± standard error of the mean. "
-        "Win rate: by reward, against the initial policy on the same prompt; a tie counts one half. The changes above are means of "
-        "differences on the same prompts, which are known better than the difference of two means."
+        "What each round asked for, and what became of it. Ties, prompts of which every response was cut at the limit, and failures "
+        "give no online pair."
     )
-    return page.section("Rounds", page.table(headings, rows), note=note) if summary["pairs"] else Html("")
-
-
-def _gate_cells(entry: dict[str, Any]) -> list[str]:
-    if entry["sampled_fraction"] is None:
-        return ["–"] * 5
-    counts = [entry["outcomes"].get(name, 0) for name in ("tie", "all_truncated")]
-    failed = entry["outcomes"].get("prompt_rejected", 0) + entry["outcomes"].get("reward_failed", 0)
-    sampled = f"{entry['sampled']:,} ({entry['sampled_fraction']:.0%})"
-    return [sampled, *(f"{number:,}" for number in (entry["online"], *counts, failed))]
-
-
-def _policy_cells(policy: dict[str, Any] | None, names: list[str]) -> list[str]:
-    if policy is None:
-        return [""] * (4 + len(names))
-    error = policy["error"]
-    win_rate = "" if policy["win_rate"] is None else f"{policy['win_rate']:.1%}"
-    tokens = "" if policy["tokens"] is None else f"{policy['tokens']:.1f}"
-    cut = "" if policy["truncated"] is None else f"{policy['truncated']:.0%}"
-    by_metric = [with_error(policy["metrics"].get(name), error["metrics"].get(name)) for name in names]
-    return [with_error(policy["reward"], error["reward"]), win_rate, *by_metric, tokens, cut]
+    return page.section("Rounds", page.table(*rounds_table(summary)), note=note)
 
 
 # ------------------------------------------------------------------------------------------------- the plots
@@ -168,10 +141,10 @@ def _quality(summary: dict[str, Any]) -> Html:
         (
             "win rate",
             lambda of: of["win_rate"],
-            "Share of held-out prompts on which a policy's response has more reward than the initial policy's.",
+            "Share of held-out prompts on which a policy's response has more reward than the initial policy's; ties count one half.",
         ),
         (
-            "tokens",
+            "tokens per response",
             lambda of: of["tokens"],
             "Mean length of a response. A reward that rises with the length alone is no progress.",
         ),
@@ -182,20 +155,26 @@ def _quality(summary: dict[str, Any]) -> Html:
         errors = {policy["version"]: value(policy["error"]) for policy in policies}
         if known:
             figures.append(page.figure(plots.by_policy(known, errors, label, colour), caption))
-    return page.section("Policies", page.grid(*figures), note="Bars are standard errors of the mean.")
+    note = (
+        "Judged on the held-out prompts: mean ± standard error of the mean. Policy 0 is the initial one, policy v + 1 is made by "
+        "round v. Win rate: by reward, against the initial policy on the same prompt; a tie counts one half. The changes above are "
+        "means of differences on the same prompts, which are known better than the difference of two means."
+    )
+    return page.section("Policies", page.table(*policies_table(summary)), page.grid(*figures), note=note)
 
 
 def _gate(reader: Reader, summary: dict[str, Any]) -> Html:
     rounds = [entry for entry in summary["rounds"] if entry["sampled_fraction"] is not None]
     if not rounds:
         return Html("")
-    figures = [
-        page.figure(
-            plots.outcomes_by_round(rounds),
-            "What became of each round's pairs: sampled with a usable online pair, or sampled without one; the rest was trained on "
-            "its dataset pair alone.",
-        )
-    ]
+    drawn = [rounds[index] for index in gather.spread(len(rounds), ROUNDS_DRAWN)]
+    caption = (
+        "What became of each round's pairs: sampled with a usable online pair, or sampled without one; the rest was trained on "
+        "its dataset pair alone."
+    )
+    if len(drawn) < len(rounds):
+        caption += f" Of {len(rounds)} rounds {len(drawn)} are drawn, evenly spread."
+    figures = [page.figure(plots.outcomes_by_round(drawn), caption)]
     rewards = gather.sampled_rewards(reader, rounds)
     if rewards:
         caption = (
@@ -209,8 +188,8 @@ def _gate(reader: Reader, summary: dict[str, Any]) -> Html:
         caption = "Weight w that the gate gave each pair; it is sampled with probability 1 − w."
         figures.append(page.figure(plots.histograms(values["w_gate"], "w at the gate", (0, 1)), caption))
         if reader.run.config.learns:
-            drawn, note = _learner(reader, np.concatenate(list(values["s"].values())))
-            figures.append(drawn)
+            curves, note = _learner(reader, np.concatenate(list(values["s"].values())))
+            figures.append(curves)
     rows = gather.meta_rows(reader)
     if len(rows["gain"]):
         caption = (
@@ -268,7 +247,11 @@ def _training(run: Run) -> Html:
         series = {label: [entry.get(column) for entry in lines] for label, column in columns.items()}
         if any(value is not None for values in series.values() for value in values):
             figures.append(page.figure(plots.by_step(series, steps, starts, name), caption))
-    return page.section("Training", page.grid(*figures), note="Dotted lines are the starts of rounds.")
+    note = (
+        "Dotted lines are the starts of rounds. From 100 steps on, a line is the mean of the last 1/50 of the steps, which lags behind "
+        "them and smooths the learning rate too; the steps themselves are pale."
+    )
+    return page.section("Training", page.grid(*figures), note=note)
 
 
 def _time(summary: dict[str, Any]) -> Html:
@@ -285,8 +268,8 @@ def _time(summary: dict[str, Any]) -> Html:
         slots[f"{len(workers)} workers, mean"] = mean
     colours = [activity for activity in ACTIVITIES.values() if activity not in plots.PASSIVE]
     caption = (
-        "Seconds of each role by activity, all attempts together. Grey is time without work: start (imports, first load), wait "
-        "(for annotations), idle (everything else, engines starting included)."
+        "Seconds of each role by activity, all attempts together. Grey is time without work; start: until its first activity, for "
+        "a worker the wait for its first work too; wait: for annotations; idle: waiting for work. Load models: starting vLLM included."
     )
     return page.section(
         "Where the time went", page.grid(page.figure(plots.time_bars(slots, colours), caption, wide=True))
@@ -351,7 +334,7 @@ def _pair(row: dict[str, Any]) -> Html:
 
 
 def _remark(judged: list[tuple[str, float | None]], finish_reason: str | None) -> str:
-    values = [f"{name} {value:.3f}" for name, value in judged if value is not None]
+    values = [f"{name} {value:.3f}" for name, value in judged if gather.finite(value) is not None]
     ended = {"stop": "ended", "length": "cut at the limit", "rejected": "prompt rejected"}
     return " · ".join([*values, *([ended.get(finish_reason, finish_reason)] if finish_reason else [])])
 
@@ -397,7 +380,7 @@ def _configuration(run: Run) -> Html:
         rows = [
             [
                 tag("b", key) if value != defaults.get(key) else key,
-                str(value),
+                "(set)" if "environment" in key.split(".")[:-1] else str(value),  # it may hold a secret
                 "" if value == defaults.get(key) else _default(defaults, key),
             ]
             for key, value in flatten(values)

@@ -184,7 +184,7 @@ def avoided(nodes: list[str]) -> list[Finding]:
 
 
 def condemned(run: Run) -> list[Finding]:
-    """Records that were found damaged: what became of them, and the checkpoint to go back to where a consumed one is missing."""
+    """Records that were found damaged: what became of them, and where a new run can go on if a consumed one can't be made again."""
     found, remade = [], []
     chain = lineage.chain(run.records)
     for number in count():
@@ -231,11 +231,16 @@ def _consumed(run: Run, name: str, detail: str, before: int) -> Finding:
     if before < 0:
         return Finding("damaged record", meaning, "If it can't be: no checkpoint is without it; launch the run anew.")
     parent = run.records.find(layout.checkpoint(before))
-    kept = parent is not None and all((parent.directory / entry.path).exists() for entry in parent.files)
-    where = (
-        f"checkpoint {before}, at step {lineage.progress(parent).step}"
-        if parent is not None
-        else f"checkpoint {before}"
-    )
-    advice = f"If it can't be: the checkpoint to go back to is {where}; its files are {'there' if kept else 'removed'}."
+    advice = f"If it can't be, this run cannot go on. The newest checkpoint without it is number {before}"
+    if parent is None:
+        return Finding("damaged record", meaning, f"{advice}, which was removed; launch the run anew.")
+    at = lineage.progress(parent)
+    advice += f", at step {at.step}"
+    policy = run.records.find(layout.policy(at.round))
+    if policy is not None and policy.files:
+        folder = (policy.directory / policy.files[0].path).parent
+        advice += (
+            f"; the newest policy without it is number {at.round}, from which a new run can go on:\n"
+            f"metaapo launch run=NEW model.policy={folder} ..."
+        )
     return Finding("damaged record", meaning, advice)

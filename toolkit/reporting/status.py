@@ -10,9 +10,7 @@ from toolkit.reporting import progress
 from toolkit.reporting.pace import pace
 from toolkit.reporting.progress import Reader
 from toolkit.reporting.reasons import in_words
-from toolkit.reporting.terminal import flat_warning, line, render
-
-__all__ = ["collect", "line", "render"]
+from toolkit.reporting.terminal import flat_warning
 
 WAITING = ("gate", "sample", "judge", "train", "evaluate")
 
@@ -50,6 +48,7 @@ def collect(run: Run, control: dict[str, Any], previous: dict[str, Any] | None =
         "gpu_hours": None,
         "avoided": [],
         "gone": [],
+        "drift": [],
         "unanswered": None,
         "policy": None,
         "checkpoint": 0,
@@ -61,7 +60,9 @@ def collect(run: Run, control: dict[str, Any], previous: dict[str, Any] | None =
         "tokens_per_second": None,
         "seconds_left": None,
     }
-    found |= control or {key: previous[key] for key in ("jobs", "deaths", "gpu_hours", "avoided") if key in previous}
+    found |= control or {
+        key: previous[key] for key in ("jobs", "deaths", "gpu_hours", "avoided", "drift") if key in previous
+    }
     found["jobs"] = [
         job | {"waits_for": in_words(job["reason"]) if job.get("reason") else None} for job in found["jobs"]
     ]
@@ -120,4 +121,5 @@ def _warnings(found: dict[str, Any], reader: Reader) -> list[str]:
         warnings.append(
             f"the scheduler has no job any more of: {', '.join(found['gone'])}; the next tick submits them again"
         )
+    warnings += found["drift"]
     return warnings + [f"cannot read {name}: {detail}" for name, detail in sorted(reader.damage.items())]

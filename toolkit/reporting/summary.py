@@ -1,8 +1,9 @@
-"""What a run came to: ``summary.json``, and the table of rounds that is printed at its end."""
+"""What a run came to: ``summary.json``, and the tables of its rounds and policies."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from rich import box
@@ -12,12 +13,13 @@ from rich.text import Text
 
 from toolkit.exchange import filesystem, layout, lineage
 from toolkit.exchange.run import Run
-from toolkit.launch.attempts import Attempt, attempts, gpu_hours, known_slots, slots
+from toolkit.launch.attempts import Attempt, attempts, every_slot, gpu_hours
 from toolkit.launch.deaths import by_kind
+from toolkit.launch.drift import changed_packages
 from toolkit.reporting import progress
 from toolkit.reporting.progress import Reader
 from toolkit.reporting.terminal import SHOWN_HOURS, deaths, duration, flat_warning, metric_names
-from toolkit.reporting.timing import where_time_went
+from toolkit.reporting.timing import lasted, where_time_went
 
 LONGER = 1.2  # growth of the mean response length from which a rising reward is doubted
 CUT = 0.1  # fraction of truncated responses from which the report warns
@@ -44,7 +46,7 @@ def summarise_run(run: Run) -> dict[str, Any]:
         ``outcome`` and ``reason`` of the run; ``warnings``; ``verified`` (None: `metaapo verify` tells).
     """
     reader = Reader(run)
-    histories = [attempts(run, slot) for slot in dict.fromkeys([*slots(run.config), *known_slots(run)])]
+    histories = [attempts(run, slot) for slot in every_slot(run)]
     tried = [attempt for history in histories for attempt in history]
     closing = run.closing()
     wall_seconds, made = _wall_seconds(reader, tried), run.records.require(layout.IDENTITY).written
@@ -74,7 +76,9 @@ def summarise_run(run: Run) -> dict[str, Any]:
     }
     if reader.find(layout.PAIRS) is not None:
         found |= _progress(reader)
-    found["warnings"] = _warnings(reader, found)
+    found["warnings"] = _warnings(reader, found) + [
+        f"{sentence[0].upper()}{sentence[1:]}." for sentence in changed_packages(histories)
+    ]
     return found
 
 
@@ -132,7 +136,7 @@ def _ends(policies: list[dict[str, Any]], last: int | None, name: str, metric: b
 
 def _attempt(attempt: Attempt) -> dict[str, Any]:
     end = attempt.death or ({} if attempt.end is None else attempt.end.attributes)
-    started, ended = attempt.start, attempt.end
+    seconds = lasted(attempt)
     return {
         "slot": attempt.slot,
         "number": attempt.number,
@@ -140,8 +144,8 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "outcome": attempt.outcome,
         "kind": end.get("kind"),
         "message": end.get("message"),
-        "host": None if started is None else started.attributes.get("host"),
-        "seconds": round(ended.written - started.written, 1) if started is not None and ended is not None else None,
+        "host": None if attempt.start is None else attempt.start.attributes.get("host"),
+        "seconds": None if seconds is None else round(seconds, 1),
     }
 
 
@@ -213,42 +217,62 @@ def _about_length(found: dict[str, Any]) -> list[str]:
 # ------------------------------------------------------------------------------------------------- for people
 
 
-def render_rounds(summary: dict[str, Any]) -> RenderableType:
-    """The table of rounds for a terminal: what each round asked for, and the policy it made."""
-    metrics = metric_names(summary["policies"])
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("round", "pairs", "sampled", "online"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("reward", "win", *metrics, "tokens"):
-        table.add_column(heading, justify="right", style="cyan", no_wrap=True)
-    policies = {policy["version"]: policy for policy in summary["policies"]}
-    table.add_row("start", "", "", "", *_policy_cells(policies.get(0), metrics))
+def rounds_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """What each round asked for and got: headings, and a row of cells a round."""
+    headings = ["round", "pairs", "sampled", "online pairs", "ties", "all cut", "failed"]
+    rows = []
     for entry in [summary["warm_start"], *summary["rounds"]]:
         if entry is None:
             continue
-        fraction = entry["sampled_fraction"]
-        table.add_row(
-            str(entry["round"]) + (" (warm)" if entry is summary["warm_start"] else ""),
-            f"{entry['pairs']:,}",
-            "–" if fraction is None else f"{entry['sampled']:,} ({fraction:.0%})",
-            f"{entry['online']:,}" if entry["gated"] else "–",
-            *_policy_cells(policies.get(entry["round"] + 1), metrics),
+        label = str(entry["round"]) + (" (warm)" if entry is summary["warm_start"] else "")
+        cells = ["–"] * 5
+        if entry["sampled_fraction"] is not None:
+            outcomes = Counter(entry["outcomes"])
+            failed = outcomes["prompt_rejected"] + outcomes["reward_failed"]
+            counts = (entry["online"], outcomes["tie"], outcomes["all_truncated"], failed)
+            cells = [f"{entry['sampled']:,} ({entry['sampled_fraction']:.0%})", *(f"{count:,}" for count in counts)]
+        rows.append([label, f"{entry['pairs']:,}", *cells])
+    return headings, rows
+
+
+def policies_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """How each policy is judged on the held-out prompts: headings, and a row of cells a policy."""
+    names = metric_names(summary["policies"])
+    headings = ["policy", "reward", "win rate", *(f"{name} reward" for name in names), "tokens per response", "cut"]
+    rows = []
+    for policy in summary["policies"]:
+        error = policy["error"]
+        rows.append(
+            [
+                str(policy["version"]),
+                with_error(policy["reward"], error["reward"]),
+                "" if policy["win_rate"] is None else f"{policy['win_rate']:.1%}",
+                *(with_error(policy["metrics"].get(name), error["metrics"].get(name)) for name in names),
+                "" if policy["tokens"] is None else f"{policy['tokens']:.1f}",
+                "" if policy["truncated"] is None else f"{policy['truncated']:.0%}",
+            ]
         )
-    lines = [Text("\n".join(_sentences(summary, metrics)))]
+    return headings, rows
+
+
+def render(summary: dict[str, Any]) -> RenderableType:
+    """A summary for a terminal of 80 columns or more: both tables, and what they come to."""
+    tables = [_table(*found) for found in (rounds_table(summary), policies_table(summary)) if found[1]]
+    lines = [Text("\n".join(_sentences(summary)))]
     lines += [Text(f"! {warning}", style="yellow") for warning in summary["warnings"]]
-    return Group(Text(f"{summary['method']}  {summary['run']}", style="bold"), table, *lines)
+    return Group(Text(f"{summary['method']}  {summary['run']}", style="bold"), *tables, *lines)
 
 
-def _policy_cells(policy: dict[str, Any] | None, metrics: list[str]) -> list[str]:
-    if policy is None:
-        return [""] * (3 + len(metrics))
-    error = policy["error"]
-    return [
-        with_error(policy["reward"], error["reward"]),
-        "" if policy["win_rate"] is None else f"{policy['win_rate']:.0%}",
-        *(with_error(policy["metrics"].get(name), error["metrics"].get(name)) for name in metrics),
-        "" if policy["tokens"] is None else f"{policy['tokens']:.1f}",
-    ]
+def _table(headings: list[str], rows: list[list[str]]) -> Table:
+    """A table of which nothing is cut: a heading's words and, where it must, a value's error take lines of their own."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in headings:
+        judged = heading.endswith("reward")
+        look: dict[str, Any] = {"no_wrap": not judged, "overflow": "fold", "style": "cyan" if judged else ""}
+        table.add_column(heading.replace(" ", "\n"), justify="right", vertical="bottom", **look)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def with_error(value: float | None, error: float | None) -> str:
@@ -265,9 +289,9 @@ def with_sign(change: dict[str, float | None] | None) -> str:
     return f"{change['mean']:+.3f}" + ("" if change["error"] is None else f" ±{change['error']:.3f}")
 
 
-def _sentences(summary: dict[str, Any], metrics: list[str]) -> list[str]:
+def _sentences(summary: dict[str, Any]) -> list[str]:
     found = []
-    for name in (*(f"{name}_reward" for name in metrics), "reward"):
+    for name in (*(f"{name}_reward" for name in metric_names(summary["policies"])), "reward"):
         ends = summary[name]
         if ends["initial"] is not None and ends["final"] is not None:
             change = with_sign(summary["change"].get(name))
@@ -277,7 +301,7 @@ def _sentences(summary: dict[str, Any], metrics: list[str]) -> list[str]:
     annotations = summary["annotations"]
     if annotations["saved_fraction"] is not None:
         found.append(
-            f"{annotations['made']:,} of {annotations['of']:,} annotations made, {annotations['saved_fraction']:.0%} saved."
+            f"{annotations['made']:,} of {annotations['of']:,} responses judged, {annotations['saved_fraction']:.0%} saved."
         )
     cost = f"Wall time {duration(summary['wall_seconds'])}"
     if summary["gpu_hours"] >= SHOWN_HOURS:

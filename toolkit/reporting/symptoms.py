@@ -41,7 +41,7 @@ MEMORY = """ 'cluster.{role}.memory="--mem=128G"'"""  # quoted for the shell, an
 SAVING = {  # GPU memory, by role
     "trainer": "trainer.recompute=full, trainer.micro_batch=1, trainer.distributed_optimizer=true, or more GPUs: trainer.tensor, "
     "trainer.pipeline",
-    "worker": "a smaller inference.gpu_memory_utilization (each of two engines takes that share of a GPU) or "
+    "worker": "a smaller inference.gpu_memory_utilization (the share of a GPU that all engines of a worker take together) or "
     "inference.max_model_len, or a larger inference.tensor_parallel",
 }
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from tensorboard.summary import Writer
 
 from toolkit.exchange import layout
 from toolkit.exchange.run import Run
-from toolkit.reporting import metrics, progress
-from toolkit.reporting.progress import Reader
+from toolkit.reporting import metrics
 
 NOT_DRAWN = {"step", "round", "shard", "time", "kind", "slot", "attempt", "stepped"}
 
 
-def write_events(run: Run) -> Path:
+def write_events(run: Run, summary: dict[str, Any]) -> Path:
     """Write ``tensorboard/`` anew: ``train/*`` by optimizer step, ``gate/*`` by the round's first step, ``evaluation/*`` by the
     steps that the policy was trained for.
+
+    Args:
+        summary: from `toolkit.reporting.summary.summarise_run`.
 
     Returns:
         The directory, for ``tensorboard --logdir``.
@@ -35,24 +38,22 @@ def write_events(run: Run) -> Path:
             for name, value in line.items():
                 if name not in NOT_DRAWN:
                     _add(writer, f"train/{name}", value, line["step"], line["time"])
-        reader = Reader(run)
-        if reader.find(layout.PAIRS) is not None:
-            _add_rounds(writer, reader)
+        _add_rounds(writer, run, summary)
     finally:
         writer.close()
     return directory
 
 
-def _add_rounds(writer: Writer, reader: Reader) -> None:
-    plan, newest = reader.run.plan, progress.newest_policy(reader)
-    for entry in progress.rounds(reader, [], newest, 0):
-        if entry["decided"]:
-            step = plan.first_step[entry["round"]]
-            _add(writer, "gate/sampled_fraction", entry["asked"] / entry["decided"], step)
+def _add_rounds(writer: Writer, run: Run, summary: dict[str, Any]) -> None:
+    for entry in summary["rounds"]:  # a warm start has no gate
+        if entry["sampled_fraction"] is not None:
+            step = run.plan.first_step[entry["round"]]
+            _add(writer, "gate/sampled_fraction", entry["sampled_fraction"], step)
             for outcome, number in entry["outcomes"].items():
                 _add(writer, f"gate/{outcome}", number, step)
-    for policy in progress.evaluations(reader, [], newest):
-        step, manifest = plan.first_step[policy["version"]], reader.find(layout.evaluation(policy["version"]))
+    for policy in summary["policies"]:
+        step = run.plan.first_step[policy["version"]]
+        manifest = run.records.find(layout.evaluation(policy["version"]))
         when = None if manifest is None else manifest.written
         for name in ("reward", "win_rate", "tokens", "truncated"):
             _add(writer, f"evaluation/{name}", policy[name], step, when)

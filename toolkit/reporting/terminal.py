@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 STAGES = ("scored", "requested", "sampled", "annotated", "trained")
-SHOWN_ROUNDS = 16  # a terminal's height
+SHOWN_ROUNDS = 8  # and as many policies: a terminal's height
+COUNTED_SHARDS = 100  # shards of a round from which a stage is shown in percent
 SHOWN_WORKERS = 4
 SHOWN_MESSAGES = 4  # of failures, and of reasons for which jobs are pending
 SHOWN_NODES = 6
@@ -82,18 +83,22 @@ def render(status: dict[str, Any], age_seconds: float | None = None) -> Renderab
         parts.append(Text("the pairs are not prepared yet", style="dim"))
     else:
         parts += [_bar(status), _rounds_table(status)]
+        if status["evaluations"]:
+            parts.append(_policies_table(status["evaluations"]))
         saved = _saved(status["annotations"])
         parts += [part for part in (saved, _waiting(status)) if part is not None]
     if status["jobs"]:
         parts.append(_jobs(status["jobs"]))
     parts += [part for part in (_spent(status), _untended(status, age_seconds)) if part is not None]
     parts += [Text(f"! {warning}", style="yellow") for warning in status["warnings"]]
+    if status["outcome"] == "finished":
+        parts.append(Text(f"what it came to: metaapo report {status['run']}", style="dim"))
     return Group(*parts)
 
 
 def _headline(status: dict[str, Any], age: float | None) -> RenderableType:
     grid = Table.grid(expand=True)
-    grid.add_column()
+    grid.add_column(overflow="fold")
     grid.add_column(justify="right")
     outcome = status["outcome"]
     left = Text.assemble((status["run"], "bold"), "  ", (outcome or "running", STYLES.get(outcome or "", "bold cyan")))
@@ -122,25 +127,30 @@ def _bar(status: dict[str, Any]) -> RenderableType:
 
 
 def _rounds_table(status: dict[str, Any]) -> Table:
-    """Shards by stage, and the policy that each round made."""
-    metrics = metric_names(status["evaluations"])
+    """Shards by stage."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     for heading in ("round", "pairs", "scored", "gated", "sampled", "judged", "trained", "asked"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("reward", "win", *metrics):
-        table.add_column(heading, justify="right", style="cyan", no_wrap=True)
-    policies = {entry["version"]: entry for entry in status["evaluations"]}
-    if 0 in policies:
-        table.add_row("start", *[""] * 7, *_judged(policies[0], metrics), style="dim")
     rounds = status["rounds"]
     current = min(status["policy"] or 0, len(rounds) - 1)
     first = max(0, min(current - SHOWN_ROUNDS + 2, len(rounds) - SHOWN_ROUNDS))
     for entry in rounds[first : first + SHOWN_ROUNDS]:
         stages = [_stage(entry, name) for name in STAGES]
         asked = f"{entry['asked'] / entry['decided']:.0%}" if entry["decided"] else ""
-        cells = _judged(policies.get(entry["round"] + 1), metrics)
         label = Text(str(entry["round"]), style="bold" if entry["round"] == current and not status["outcome"] else "")
-        table.add_row(label, f"{entry['pairs']:,}", *stages, asked, *cells)
+        table.add_row(label, f"{entry['pairs']:,}", *stages, asked)
+    return table
+
+
+def _policies_table(evaluations: list[dict[str, Any]]) -> Table:
+    """How the policies are judged: the first, and the newest."""
+    metrics = metric_names(evaluations)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
+    table.add_column("policy", justify="right", no_wrap=True)
+    for heading in ("reward", "win rate", *metrics):
+        table.add_column(heading, justify="right", style="cyan", overflow="fold")
+    for entry in [*evaluations[:1], *evaluations[1:][1 - SHOWN_ROUNDS :]]:
+        table.add_row(str(entry["version"]), *_judged(entry, metrics))
     return table
 
 
@@ -148,13 +158,11 @@ def _stage(entry: dict[str, Any], name: str) -> Text:
     done, total = entry[name], entry["shards"]
     if not entry["gated"] and name != "trained":
         return Text("–", style="dim")
-    shown = f"{done}/{total}" if total < 1000 else f"{100 * done // total}%"
+    shown = f"{done}/{total}" if total < COUNTED_SHARDS else f"{100 * done // total}%"
     return Text(shown, style="green" if done == total else "yellow" if done else "dim")
 
 
-def _judged(evaluation: dict[str, Any] | None, metrics: list[str]) -> list[str]:
-    if evaluation is None:
-        return [""] * (2 + len(metrics))
+def _judged(evaluation: dict[str, Any], metrics: list[str]) -> list[str]:
     win_rate = "" if evaluation["win_rate"] is None else f"{evaluation['win_rate']:.0%}"
     values = [evaluation["reward"], *(evaluation["metrics"].get(name) for name in metrics)]
     reward, *others = ["" if value is None else f"{value:.3f}" for value in values]

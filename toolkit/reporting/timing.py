@@ -11,7 +11,7 @@ from toolkit.reporting import metrics
 
 # Activities by the kind of their metrics line, which is written when they end, with the seconds that they took.
 TRAINER = {"score": "score", "step": "train", "wait": "wait", "checkpoint": "checkpoint", "policy": "publish policy"}
-WORKER = {"sample": "sample", "annotate": "annotate", "evaluate": "evaluate", "load": "load policy"}
+WORKER = {"sample": "sample", "annotate": "annotate", "evaluate": "evaluate", "load": "load models"}
 ACTIVITIES = TRAINER | WORKER
 STARTING, IDLE = "start", "idle"
 
@@ -19,8 +19,8 @@ STARTING, IDLE = "start", "idle"
 def where_time_went(run: Run, attempts: Iterable[Attempt]) -> dict[str, dict[str, float]]:
     """Seconds of each slot by activity, over all its attempts.
 
-    ``start`` is from an attempt's start to its first activity, ``idle`` what no activity accounts for: waiting for work, loading
-    a reward model. A slot without timed activities (the sidecar) is left out.
+    ``start`` is from an attempt's start to its first activity, for a worker the wait for its first work too; ``load models``
+    includes starting vLLM; ``idle`` is what no activity accounts for: waiting for work. A slot without timed activities (the sidecar) is left out.
     """
     known = {attempt.id: attempt for attempt in attempts}
     lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -45,7 +45,18 @@ def _attempt(lines: list[dict[str, Any]], attempt: Attempt | None) -> dict[str, 
             found[activity] = found.get(activity, 0.0) + (entry.get("seconds") or 0.0)
     began = lines[0]["time"] - (lines[0].get("seconds") or 0.0)
     started = began if attempt is None or attempt.start is None else attempt.start.written
-    ended = lines[-1]["time"] if attempt is None or attempt.end is None else attempt.end.written
+    seconds = None if attempt is None else lasted(attempt)
+    ended = lines[-1]["time"] if seconds is None else started + seconds
     found[STARTING] = max(0.0, began - started)
     found[IDLE] = max(0.0, ended - started - sum(found.values()))
     return found
+
+
+def lasted(attempt: Attempt) -> float | None:
+    """Seconds that an attempt lasted; None if it did not start or is not over.
+
+    Its end may have been written long after it, by the tick that noticed its death: what the record says of its length counts.
+    """
+    if attempt.start is None or attempt.end is None:
+        return None
+    return float(attempt.end.attributes.get("seconds", attempt.end.written - attempt.start.written))

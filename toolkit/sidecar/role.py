@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from toolkit.exchange.jobs import Heartbeat
-from toolkit.exchange.records import Superseded
+from toolkit.exchange.records import Corrupt, Superseded
+from toolkit.exchange.reports import report
 from toolkit.exchange.run import Run
 from toolkit.launch.adapter import adapter
 from toolkit.launch.tick import Tick
@@ -33,7 +34,9 @@ def main(run: Run, slot: str, number: int, rank: int, size: int, stop: StopFlag)
 
 
 def keep(run: Run, slot: str, stop: StopFlag, turn: Callable[[], bool]) -> str:
-    """Call ``turn`` as long as it gets something done, tick, beat, and again, until the run is closed.
+    """Tick, call ``turn``, beat, and again, until the run is closed; at once if the turn got something done.
+
+    A damaged record that is met on the way is reported, condemned by the next tick, and made again.
 
     Returns:
         ``done`` or ``saved``.
@@ -44,14 +47,18 @@ def keep(run: Run, slot: str, stop: StopFlag, turn: Callable[[], bool]) -> str:
     if run.config.cluster.control == "job":  # else nothing can be submitted from here
         threading.Thread(target=_supervise, args=(tick, run.config.cluster.supervise, stop), daemon=True).start()
     while not stop.is_set():
-        with contextlib.suppress(Superseded):  # the run was closed under this turn; that is met below
-            while turn():
-                pass
-        tick.advance()
+        moved = False
+        try:
+            tick.advance()  # condemns what was met before
+            if run.closing(run.incarnation) is not None:
+                return "done"
+            with contextlib.suppress(Superseded):  # the run was closed under this turn; the next look shows it
+                moved = turn()
+        except Corrupt as error:
+            report(run, error)
         heartbeat.beat()
-        if run.closing(run.incarnation) is not None:
-            return "done"
-        stop.sleep(config.poll)
+        if not moved:
+            stop.sleep(config.poll)
     return "saved"
 
 

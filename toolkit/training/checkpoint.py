@@ -30,8 +30,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, save_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 
+from toolkit.errors import UserError
 from toolkit.training.collective import raise_together
 from toolkit.training.optimizer import MOMENTS, PolicyOptimizer
+from toolkit.training.storage import write_failure
 
 FORMAT = 1
 
@@ -49,11 +51,12 @@ def save(
     rank's parameters, by name, kept beside the weights.
 
     Raises:
-        UserError: on every rank, if the directory isn't empty or can't be written.
+        UserError: on every rank, if the directory isn't empty or the disk is full.
+        RuntimeError: on every rank, if writing fails otherwise.
     """
     first = dist.get_rank() == 0
     if first and (not directory.is_dir() or any(directory.iterdir())):
-        raise_together(f"cannot save a checkpoint in {directory}: expected an existing empty directory")
+        raise_together(UserError(f"cannot save a checkpoint in {directory}: expected an existing empty directory"))
     raise_together(None)
     content = _content(model, optimizer, extra)
     for name, parameter in model.named_parameters():
@@ -81,15 +84,12 @@ def save(
 
 
 def _attempt(directory: Path, action: Callable[[], object]) -> None:
-    """Write something on all ranks, or raise UserError on all."""
+    """Write something on all ranks, or raise on all."""
     problem = None
     try:
         action()
     except (OSError, RuntimeError, CheckpointException) as error:
-        problem = (
-            f"could not write the checkpoint in {directory}: {_cause(error)}. Check the space and quota there; "
-            "nothing of it was published"
-        )
+        problem = write_failure("the checkpoint", directory, _cause(error))
     raise_together(problem)
 
 
@@ -101,42 +101,57 @@ def restore(
     A collective call. The layout may differ from the one that saved.
 
     Raises:
-        UserError: on every rank, if the checkpoint is missing, damaged, of another model or of a newer format.
+        UserError: on every rank, if the checkpoint is of another dtype or of a newer format.
+        RuntimeError: on every rank, if it can't be read into this model.
     """
-    problem, common, loaded, extra = None, {}, {}, None
+    problem, common, extra = None, {}, None
     try:
         common = dist_checkpointing.load_common_state_dict(str(directory))["common"]
         if common["format"] > FORMAT:
-            problem = f"checkpoint {directory} has format {common['format']}, newer than {FORMAT}; update the toolkit"
+            problem = UserError(
+                f"checkpoint {directory} has format {common['format']}, newer than {FORMAT}; update the toolkit"
+            )
         elif common["dtype"] != _name(model.config.params_dtype):
-            problem = (
+            problem = UserError(
                 f"checkpoint {directory} was trained in {common['dtype']}; expected {_name(model.config.params_dtype)}"
             )
     except (OSError, CheckpointingException, KeyError, RuntimeError) as error:
-        problem = f"{directory} holds no readable checkpoint: {_cause(error)}"
+        problem = RuntimeError(f"{directory} holds no readable checkpoint: {error}")
     raise_together(problem)
     parameters = dict(model.named_parameters())
     if common["extra_dtype"]:
         dtype = getattr(torch, common["extra_dtype"])
         extra = {name: torch.zeros_like(parameter, dtype=dtype, device="cpu") for name, parameter in parameters.items()}
     content = _content(model, optimizer, extra)
-    for kind in content.keys() - {"model", "extra"}:
-        for name, parameter in parameters.items():
-            whole = torch.zeros(parameter.shape, dtype=torch.float32)  # on the CPU: all at once may not fit on a GPU
-            content[kind][name] = _like(content["model"][name], kind, whole)
-    try:
-        loaded = dist_checkpointing.load(content, str(directory))
-    except (OSError, CheckpointException, CheckpointingException, KeyError, RuntimeError) as error:
-        problem = f"could not read the checkpoint {directory} into this model: {_cause(error)}"
-    raise_together(problem)
+    kinds = sorted(content.keys() - {"model", "extra"})
+    loaded = _load(directory, {kind: content[kind] for kind in content.keys() - set(kinds)})
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(loaded["model"][name])
-            part, state = optimizer.state(parameter)
-            for kind in loaded.keys() & state.keys():
-                state[kind].copy_(loaded[kind][name].flatten()[part])
+        for kind in kinds:  # one after the other, and on the CPU: all at once may not fit
+            whole = {
+                name: _like(content["model"][name], kind, torch.zeros(parameter.shape, dtype=torch.float32))
+                for name, parameter in parameters.items()
+            }
+            whole = _load(directory, {kind: whole})[kind]
+            for name, parameter in parameters.items():
+                part, state = optimizer.state(parameter)
+                if state:
+                    state[kind].copy_(whole[name].flatten()[part])
+            del whole
     optimizer.steps = common["steps"]
     return common, loaded["extra"] if extra else None
+
+
+def _load(directory: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """What ``content`` describes from a checkpoint, on all ranks, or RuntimeError on all."""
+    problem, loaded = None, {}
+    try:
+        loaded = dist_checkpointing.load(content, str(directory))
+    except (OSError, CheckpointException, CheckpointingException, KeyError, RuntimeError) as error:
+        problem = RuntimeError(f"could not read the checkpoint {directory} into this model: {_cause(error)}")
+    raise_together(problem)
+    return loaded
 
 
 def _content(
@@ -187,9 +202,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost message: torch wraps the failures of all ranks into one exception."""
-    if isinstance(error, CheckpointException):
-        rank, (first, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {first}"
-    return str(error) or type(error).__name__
+def _cause(error: BaseException) -> BaseException:
+    """The first failure: torch wraps those of all ranks into one exception."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error

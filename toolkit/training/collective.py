@@ -21,18 +21,25 @@ def together(action: Callable[[], T]) -> T:
     try:
         result = action()
     except UserError as error:
-        problem = str(error)
+        problem = error
     raise_together(problem)
     return result
 
 
-def raise_together(problem: str | None) -> None:
-    """Raise UserError on every rank if any rank has a problem, with the first rank's: so none is left waiting."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found is not None:
-            raise UserError(found)
+def raise_together(problem: Exception | None) -> None:
+    """Raise the first rank's problem on every rank if any has one: so none is left waiting.
+
+    Raises:
+        UserError: if any rank's problem is one; a person must mend it.
+        RuntimeError: if none is; another attempt may do better.
+    """
+    problems: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
+    mine = problem and (UserError if isinstance(problem, UserError) else RuntimeError, str(problem))
+    dist.all_gather_object(problems, mine)
+    found = [told for told in problems if told is not None]
+    if found:
+        kind, message = max(found, key=lambda told: told[0] is UserError)
+        raise kind(message)
 
 
 def gather_items(parts: Sequence[tuple[Sequence[int], Mapping[str, NDArray]]], count: int) -> dict[str, NDArray]:

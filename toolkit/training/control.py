@@ -1,7 +1,7 @@
 """What the trainer's ranks tell each other beside tensors: rank 0 reads and waits, the others follow.
 
-All messages are JSON or Arrow bytes over a gloo group; nothing is pickled. Every function here is collective: all ranks call it,
-in the same order.
+All messages are JSON or Arrow bytes in CPU tensors, which go over gloo; nothing is pickled. Every function here is collective:
+all ranks call it, in the same order.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
+from toolkit.exchange.records import Closed
 from toolkit.signals import StopFlag
 
 DATA, NOT_YET, IDLE, OVER = range(4)
 
 
 class Stopped(Exception):
-    """The ranks agreed to stop here: a signal came, or the deadline is near."""
+    """The ranks agreed to stop here: a signal came, the deadline is near, or the run was closed."""
 
 
 class LeaderFailed(Exception):
@@ -43,7 +44,6 @@ class Control:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self._stop = stop
-        self._group = dist.new_group(backend="gloo") if self.size > 1 else None
 
     @property
     def leads(self) -> bool:
@@ -55,12 +55,12 @@ class Control:
             assert data is not None
             return data
         length = torch.tensor([len(data) if data is not None else 0])
-        dist.broadcast(length, 0, group=self._group)
+        dist.broadcast(length, 0)
         buffer = torch.empty(int(length), dtype=torch.uint8)
         if data:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         if len(buffer):
-            dist.broadcast(buffer, 0, group=self._group)
+            dist.broadcast(buffer, 0)
         return buffer.numpy().tobytes()
 
     def share(self, value: Any = None) -> Any:
@@ -84,35 +84,50 @@ class Control:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]), group=self._group)
+        dist.all_gather(lengths, torch.tensor([len(data)]))
         longest = max(int(length) for length in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(data)] = data
         parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(parts, padded, group=self._group)
+        dist.all_gather(parts, padded)
         return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts, lengths, strict=True)]
 
     def lead(self, action: Callable[[], Any]) -> Any:
-        """Rank 0 does ``action``; every rank gets its JSON result, or rank 0's error as an exception of its own."""
+        """Rank 0 does ``action``; every rank gets its JSON result, or rank 0's error as an exception of its own.
+
+        Raises:
+            Stopped: on all ranks, where the run was closed before something was published: what was trained is to be saved.
+            LeaderFailed: on the other ranks, with the words of rank 0's error.
+        """
         outcome: Any = None
         error: BaseException | None = None
         if self.leads:
             try:
                 outcome = {"value": action()}
+            except Closed:
+                outcome = {"stopped": True}
             except Exception as caught:
                 error, outcome = caught, {"error": f"rank 0: {caught}"}
         outcome = self.share(outcome)
+        if "stopped" in outcome:
+            raise Stopped
         if error is not None:
             raise error
         if "error" in outcome:
             raise LeaderFailed(outcome["error"])
         return outcome["value"]
 
+    def lead_table(self, action: Callable[[], pa.Table]) -> pa.Table:
+        """Rank 0 does ``action``; every rank gets its table, or rank 0's error as `lead` gives it."""
+        made: list[pa.Table] = []
+        self.lead(lambda: made.append(action()))
+        return self.share_table(made[0] if made else None)
+
     def check_stop(self) -> None:
         """Raise `Stopped` on all ranks if any rank's flag is set."""
         flag = torch.tensor([int(self._stop.is_set())])
         if self.size > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if flag.item():
             raise Stopped
 

@@ -306,7 +306,8 @@ class PolicyEngine:
         as a moving average, in the form of ``weights``). Returns the files that this rank wrote.
 
         Raises:
-            UserError: on every rank, if it can't be written.
+            UserError: on every rank, if the disk is full.
+            RuntimeError: on every rank, if it can't be written otherwise.
         """
         schedule = self._optimizer.schedule
         common = {
@@ -319,7 +320,8 @@ class PolicyEngine:
         """Continue from a checkpoint, of this or another layout; returns the extra weights that were saved with it.
 
         Raises:
-            UserError: on every rank, if it can't be read into this model.
+            UserError: on every rank, if it is of another dtype or of a newer format.
+            RuntimeError: on every rank, if it can't be read into this model.
         """
         common, extra = checkpoint.restore(Path(directory), self.module, self._optimizer)
         if common["total_steps"]:
@@ -330,7 +332,8 @@ class PolicyEngine:
         """Write the policy as a Hugging Face folder into an existing empty directory; returns this rank's files.
 
         Raises:
-            UserError: on every rank, if weights aren't finite or can't be written.
+            UserError: on every rank, if weights aren't finite or the disk is full.
+            RuntimeError: on every rank, if they can't be written otherwise.
         """
         named = {self._names[name]: parameter for name, parameter in self.module.named_parameters()}
         return export(Path(directory), named, self.shape, self.model_folder)

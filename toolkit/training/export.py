@@ -15,7 +15,9 @@ from torch import Tensor
 from toolkit.conversion.shape import ModelShape
 from toolkit.conversion.weights import Weight, from_shards, stage_weights
 from toolkit.conversion.writing import plan_files, write_companions, write_index
+from toolkit.errors import UserError
 from toolkit.training.collective import raise_together
+from toolkit.training.storage import write_failure
 
 FILE_BYTES = 2 * 2**30
 
@@ -34,16 +36,21 @@ def export(
         model_folder: where config, tokenizer and template come from.
 
     Raises:
-        UserError: on every rank, if a weight isn't finite (it is named, and nothing is written) or writing fails.
+        UserError: on every rank, if a weight isn't finite (it is named, and nothing is written) or the disk is full.
+        RuntimeError: on every rank, if writing fails otherwise.
     """
     broken = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
-    raise_together(broken and f"cannot export the policy: {broken} has weights that are not finite (nan or inf)")
+    raise_together(
+        UserError(f"cannot export the policy: {broken} has weights that are not finite (nan or inf)")
+        if broken
+        else None
+    )
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     dtype = next(iter(weights.values())).dtype
     plan = plan_files([stage_weights(shape, stage, stages) for stage in range(stages)], dtype.itemsize, file_bytes)
     files = plan[parallel_state.get_pipeline_model_parallel_rank()]
     written: list[str] = []
-    problem = None
+    problem: Exception | None = None
     if parallel_state.get_data_parallel_rank() == 0:
         for file, members in files.items():
             tensors = {
@@ -52,25 +59,19 @@ def export(
                 for source, tensor in gather_weight(weight, weights[weight.name], shape).items()
             }
             if tensors and problem is None:  # after a failure go on gathering: the other ranks wait for it
-                problem = _save(directory / file, tensors)
+                try:
+                    save_file(tensors, directory / file, metadata={"format": "pt"})
+                except (OSError, SafetensorError) as error:
+                    problem = write_failure("the policy", directory, error)
                 written.append(file)
     if dist.get_rank() == 0 and problem is None:
         try:
             written.append(write_index(directory, plan, dtype.itemsize))
             written += write_companions(model_folder, directory, str(dtype).removeprefix("torch."))
         except OSError as error:
-            problem = f"could not write the policy in {directory}: {error}. Check the space and quota there"
+            problem = write_failure("the policy", directory, error)
     raise_together(problem)
     return written
-
-
-def _save(file: Path, tensors: dict[str, Tensor]) -> str | None:
-    """Write one safetensors file; returns what went wrong, if anything."""
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        return f"could not write the policy file {file}: {error}. Check the space and quota there"
-    return None
 
 
 def gather_weight(weight: Weight, shard: Tensor, shape: ModelShape) -> dict[str, Tensor]:

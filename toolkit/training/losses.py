@@ -87,14 +87,11 @@ class PairLoss:
 
         offline = self.objective(half(0))
         online = self.objective(half(2).masked(has_online))
-        s, w = torch.zeros_like(offline), torch.ones_like(offline)
+        losses, s, w = offline, torch.zeros_like(offline), torch.ones_like(offline)
         if self.online:
             s = self._feature(half(0), gate_reference).to(device)
             w = weighting.weights(self.weight, s.cpu(), self.learner, **self.weight_parameters).to(device)
-        if self.online:
             losses = weighting.meta_weighted_losses(w, offline, online, has_online, self.missing)
-        else:
-            losses = offline
         counts = self.contributing[take].to(device)
         losses = torch.where(counts, losses, torch.zeros_like(losses))
         kept = {"s": s, "w": w, "loss": losses, "loss_offline": offline, "loss_online": online}

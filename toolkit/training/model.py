@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from toolkit.conversion.shape import ModelShape
+from toolkit.training import device
 from toolkit.training.layout import ParallelLayout
 
 try:
@@ -133,7 +134,7 @@ def build_model(config: TransformerConfig, shape: ModelShape, layout: ParallelLa
         rope_scaling=shape.rope_factor is not None,
         rope_scaling_factor=shape.rope_factor or 8.0,
     )
-    return model.to(config.params_dtype)
+    return model.to(device.current(), config.params_dtype)  # Megatron puts its own layers there, torch's norms go along
 
 
 def _layer_spec(config: TransformerConfig) -> Any:

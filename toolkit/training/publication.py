@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,16 @@ META_ROWS = "meta_rows.parquet"
 PROBES = 4
 
 
-def stage(run: Run, control: Control, ref: Ref, private: bool = False) -> Path:
-    """A new directory of this attempt beside the record. Collective."""
-    return Path(control.lead(lambda: str(run.records.stage(ref, private))))
+@contextlib.contextmanager
+def staged(run: Run, control: Control, ref: Ref, private: bool = False) -> Iterator[Path]:
+    """A new directory of this attempt beside the record, to be filled in this block; removed if that fails. Collective."""
+    directory = Path(control.lead(lambda: str(run.records.stage(ref, private))))
+    try:
+        yield directory
+    except BaseException:
+        if control.leads:  # else the disk that was too full for it stays full
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def seal(control: Control, directory: Path) -> list[File]:
@@ -73,11 +82,10 @@ def publish_checkpoint(
     Raises:
         Superseded: on rank 0 (the others get an error naming it), when another trainer has published this sequence number.
     """
-    directory = stage(run, control, layout.checkpoint(number), private=True)
-    engine.save(directory, average)
-    if control.leads:
-        filesystem.write(directory / META_ROWS, tables.to_parquet(meta_rows))
-    files = seal(control, directory)
+    with staged(run, control, layout.checkpoint(number), private=True) as directory:
+        engine.save(directory, average)
+        control.lead(lambda: filesystem.write(directory / META_ROWS, tables.to_parquet(meta_rows)))
+        files = seal(control, directory)
     published: list[Manifest] = []
     extra = {"layout": engine.layout.describe(), "ema": average is not None, **run.provenance}
 
@@ -104,9 +112,9 @@ def publish_policy(run: Run, engine: PolicyEngine, control: Control, version: in
         UserError: a weight is not finite (nothing is published).
     """
     ref = layout.policy(version)
-    directory = stage(run, control, ref)
-    engine.export(directory)
-    files = seal(control, directory)
+    with staged(run, control, ref) as directory:
+        engine.export(directory)
+        files = seal(control, directory)
     probes = _probes(run, engine, control)
 
     def publish() -> None:
@@ -127,14 +135,26 @@ def publish_policy(run: Run, engine: PolicyEngine, control: Control, version: in
 def _probes(run: Run, engine: PolicyEngine, control: Control) -> list[dict[str, Any]]:
     """A few responses of the data with their log-probs under the engine's weights: what a worker proves its load by."""
 
-    def shortest() -> list[list[list[int]]]:
+    def chosen() -> list[list[list[int]]]:
         pairs = run.pairs(0, 0)
         rows = zip(pairs["prompt_ids"].to_pylist(), pairs["chosen_ids"].to_pylist(), strict=True)
-        return [list(row) for row in sorted(rows, key=lambda row: (len(row[0]) + len(row[1]), row))[:PROBES]]
+        return middling([list(row) for row in rows], run.config.inference.max_model_len)
 
-    rows = control.lead(shortest)
+    rows = control.lead(chosen)
     scored = engine.score([np.asarray(p + r, np.int32) for p, r in rows], [len(p) for p, _ in rows])
     return [
         {"prompt_ids": prompt, "response_ids": response, "logprob": float(value)}
         for (prompt, response), value in zip(rows, scored, strict=True)
     ]
+
+
+def middling(rows: list[list[list[int]]], context: int) -> list[list[list[int]]]:
+    """The (prompt ids, response ids) of median length among those that an engine with this context can take.
+
+    Rounding errors grow with the root of a response's length, the difference between two policies with the length itself; so the
+    shortest responses would tell least, and the longest cost most.
+    """
+    ordered = sorted(rows, key=lambda row: (len(row[0]) + len(row[1]), row))
+    fitting = [row for row in ordered if len(row[0]) + len(row[1]) < context] or ordered
+    start = max(0, (len(fitting) - PROBES) // 2)
+    return fitting[start : start + PROBES]

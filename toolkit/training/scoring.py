@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -49,12 +50,15 @@ def publish_missing(
     shards: Sequence[int],
     pairs_of: Callable[[int], pa.Table],
     current: str | None,
-) -> None:
+) -> int:
     """Publish the log-probs of those shards that lack them under the weights ``name``, with one swap of weights. Collective.
 
     Args:
         pairs_of: rank 0's rows of a shard (those that have this half).
         current: the name of the weights that the engine holds, if they have one.
+
+    Returns:
+        How many were missing.
 
     Raises:
         Stopped: between two shards; what is done is published.
@@ -65,11 +69,11 @@ def publish_missing(
 
     missing = control.lead(refs)
     if not missing:
-        return
+        return 0
     with store.loaded(name, current):
         for shard in missing:
             control.check_stop()
-            pairs = control.share_table(pairs_of(shard) if control.leads else None)
+            pairs = control.lead_table(partial(pairs_of, shard))
             scored = logprob_table(engine, pairs, half)
 
             def publish(shard: int = shard, scored: pa.Table = scored) -> None:
@@ -77,3 +81,4 @@ def publish_missing(
                 run.records.publish(layout.logprobs(name, half, round_index, shard), attributes, table=scored)
 
             control.lead(publish)
+    return len(missing)

@@ -7,16 +7,34 @@ import pyarrow as pa
 import torch
 
 from toolkit.exchange import derive, layout
-from toolkit.exchange.records import Manifest
+from toolkit.exchange.records import Manifest, Ref
 from toolkit.exchange.run import Run
 from toolkit.training.losses import BatchConstants
 from toolkit.training.microbatches import MASKED, Pair, PairBatch
 
 
+def _found(run: Run, ref: Ref) -> Manifest:
+    """A record that was there when this shard was waited for.
+
+    Raises:
+        RuntimeError: it is not: it was condemned just now. No refusal, for the next attempt waits until it is made again.
+    """
+    manifest = run.records.find(ref)
+    if manifest is None:
+        raise RuntimeError(f"record {ref} was condemned after it was waited for; the next attempt waits for another")
+    return manifest
+
+
+def _annotations(run: Run, round_index: int, shard: int) -> Manifest | None:
+    """The annotations of a shard; None if none were asked for."""
+    asked = _found(run, layout.requests(round_index, shard)).attributes["sampled"] > 0
+    return _found(run, layout.annotations(round_index, shard)) if asked else None
+
+
 def online_rows(run: Run, round_index: int, shard: int) -> pa.Table:
     """The pairs of a shard that have an online half: ``pair_id``, ``prompt_ids``, and both responses' ids, in order."""
     pairs = run.pairs(round_index, shard).select(["pair_id", "prompt_ids"])
-    manifest = run.records.find(layout.annotations(round_index, shard))
+    manifest = _annotations(run, round_index, shard)
     found = {}
     if manifest is not None:
         found = {row["pair_id"]: row for row in run.records.table(manifest).to_pylist() if row["outcome"] == "pair"}
@@ -42,7 +60,7 @@ def assemble(run: Run, round_index: int, shard: int) -> tuple[pa.Table, dict[str
         return run.records.table(manifest)
 
     def logprobs(name: str, half: str) -> pa.Table:
-        return read(run.records.require(layout.logprobs(name, half, round_index, shard)))
+        return read(_found(run, layout.logprobs(name, half, round_index, shard)))
 
     config, gated = run.config, run.plan.gated[round_index]
     pairs = run.pairs(round_index, shard)
@@ -79,8 +97,8 @@ def assemble(run: Run, round_index: int, shard: int) -> tuple[pa.Table, dict[str
         table = table.append_column(f"reference_online_{side}", pa.array(filled))
     w_gate = zeros
     if gated:
-        w_gate = read(run.records.require(layout.requests(round_index, shard)))["w_gate"].to_numpy()
-        annotations = run.records.find(layout.annotations(round_index, shard))
+        w_gate = read(_found(run, layout.requests(round_index, shard)))["w_gate"].to_numpy()
+        annotations = _annotations(run, round_index, shard)
         if annotations is not None:
             consumed[str(annotations.ref)] = annotations.digest
     return table.append_column("w_gate", pa.array(w_gate, pa.float32())), consumed

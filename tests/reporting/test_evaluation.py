@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from toolkit.exchange.tables import EVALUATION
-from toolkit.inference.summary import summarise
+from toolkit.reporting.evaluation import summarise
 
 
 def evaluation(*rows: tuple[str, float, int, str, float]) -> pa.Table:
@@ -47,6 +47,9 @@ def test_means_and_standard_errors() -> None:
     error = {"reward": math.sqrt(7 / 3), "win_rate": math.sqrt(1 / 12), "tokens": math.sqrt(4 / 3), "truncated": 1 / 3}
     assert {key: value for key, value in summary["error"].items() if key != "metrics"} == pytest.approx(error)
     assert summary["error"]["metrics"] == {"gold": pytest.approx(math.sqrt(7 / 3))}
+    # differences of the reward 4, 0, -1 and of the metric 6, 2, 1: both vary by 7
+    change = {"mean": pytest.approx(1.0), "error": pytest.approx(math.sqrt(7 / 3))}
+    assert summary["change"] == {"reward": change, "gold_reward": change | {"mean": pytest.approx(3.0)}}
 
 
 def test_what_has_no_reward_counts_only_where_it_can() -> None:
@@ -63,6 +66,14 @@ def test_what_has_no_reward_counts_only_where_it_can() -> None:
     assert summary["error"]["win_rate"] is None
     assert summary["tokens"] == pytest.approx(3.0)
     assert summary["metrics"] == {"gold": pytest.approx(2.0)}
+    # only b has a reward from both policies; a and d have the metric of both
+    assert summary["change"]["reward"] == {"mean": 1.0, "error": None}
+    assert summary["change"]["gold_reward"] == {"mean": pytest.approx(2.0), "error": pytest.approx(1.0)}
+
+
+def test_without_a_prompt_in_common_there_is_no_change() -> None:
+    assert summarise(evaluation(("x", 1.0, 1, "stop", 0.0)), INITIAL)["change"] == {}
+    assert summarise(INITIAL, evaluation())["change"] == {}
 
 
 def test_an_empty_evaluation_is_valid_json() -> None:
