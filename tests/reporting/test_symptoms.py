@@ -36,6 +36,8 @@ def best(*logs: str) -> str | None:
         ("cancelled", f"{STEP}slurmstepd-n1: error: *** JOB 3 ON n1 CANCELLED AT 2026-11-21T12:11:33 ***"),
         (None, STEP),
         ("program not found", "slurmstepd-n2: error: execve(): /no/such/python: No such file or directory"),
+    ("program not found", "sh: 1: exec: /no/such/python: not found"),
+    ("program not found", "sh: line 1: /no/such/python: No such file or directory"),
         ("setup failed", "/var/spool/slurmd/job00003/slurm_script: line 7: module: command not found"),
         ("environment", "Traceback (most recent call last):\n  File \"x\", line 1\nModuleNotFoundError: No module named 'torch'"),
         ("environment", "/lib64/libc.so.6: version `GLIBC_2.34' not found (required by /opt/python)"),

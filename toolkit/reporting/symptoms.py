@@ -115,7 +115,7 @@ SYMPTOMS = (
     ),
     Symptom(
         "program not found",
-        r"error: execve\(\): (?P<own>.*)",
+        r"(?:error: execve\(\)|^sh: (?:line )?\d+): (?:exec: )?(?P<own>.*)",
         "The node could not start the role's program: {own}",
         "cluster.{role}.python must name a program that the compute nodes have." + RESUME + " cluster.{role}.python=…",
     ),
