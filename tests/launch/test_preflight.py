@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -197,14 +198,14 @@ def test_the_estimate_counts_parameters_bytes_and_devices(world: World, tmp_path
     assert "GPU-hours" not in sentences, "nobody bills this machine"
 
 
-def test_a_login_node_needs_no_torch(world: World) -> None:
-    """The launcher, with torch out of reach, as in a base install."""
+def base_install(world: World, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command line with all packages of the roles out of reach."""
     source = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "transformers", "vllm", "megatron", "datasets"):
-            raise ImportError(f"{name} is not installed here")
+        if name.split(".")[0] in ("torch", "transformers", "vllm", "megatron", "datasets", "jinja2"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
 sys.meta_path.insert(0, Refuse())
 from toolkit.cli import main
 sys.exit(main(sys.argv[1:]))
@@ -215,9 +216,26 @@ sys.exit(main(sys.argv[1:]))
         f"reward.model={world.reward}",
         f"run={world.data.parent / 'run'}",
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", source, "launch", "--dry-run", *overrides], capture_output=True, text=True, check=False
+    return subprocess.run(
+        [sys.executable, "-c", source, *arguments, *overrides],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
     )
+
+
+def test_a_login_node_needs_no_torch(world: World) -> None:
+    done = base_install(world, "launch", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "trainer: 1 process(es)" in done.stdout and "worker-000" in done.stdout and "devices: 1" in done.stdout
     assert not (world.data.parent / "run").exists(), "a dry run writes nothing"
+
+
+def test_where_data_cannot_be_prepared_the_trainer_does_it(world: World) -> None:
+    done = base_install(world, "prepare")
+    assert done.returncode == 2 and "pip install '.[trainer]'" in done.stderr, done.stderr
+    nowhere = {"PATH": str(world.data.parent)}  # without Slurm: it comes so far and no further
+    done = base_install(world, "launch", "cluster=slurm", **nowhere)
+    assert done.returncode == 2 and "there is no squeue here" in done.stderr, done.stderr
+    assert "the trainer will prepare the data" in done.stdout
