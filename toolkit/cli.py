@@ -63,9 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            from toolkit.exchange.filesystem import full_disk
+        from toolkit.exchange.filesystem import FULL, full_disk
 
+        if error.errno in FULL:
             _say(f"metaapo: {full_disk(Path(error.filename or 'a file'), error)}", sys.stderr)
         elif error.errno in (errno.ENOTDIR, errno.ENOENT, errno.EROFS):
             advice = "A run is a directory on a filesystem that can be written to: check the path"

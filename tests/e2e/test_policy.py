@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toolkit.exchange import layout
 from toolkit.exchange.run import Run
+from toolkit.inference.engine import tolerance
 
 
 def test_transformers_gives_the_trainers_log_probs(finished_run: Run) -> None:
@@ -31,4 +32,5 @@ def test_vllm_proved_every_policy_by_its_probes(finished_run: Run) -> None:
         policy = finished_run.records.require(layout.policy(version))
         evaluation = finished_run.records.require(layout.evaluation(version))
         assert policy.attributes["probes"]
+        assert all(tolerance({"float32"}, len(p["response_ids"]), True) <= 1e-4 for p in policy.attributes["probes"])
         assert evaluation.attributes["policy"] == policy.digest

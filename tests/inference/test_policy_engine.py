@@ -186,7 +186,12 @@ def test_the_engines_listen_to_this_machine_only(pool: ProcessPoolExecutor, poli
 @pytest.mark.parametrize(
     ("dtypes", "tokens", "on_cpu", "noise"),
     [
-        ({"float32"}, 64, True, 64 * 4e-6),  # measured, per token
+        (
+            {"float32"},
+            64,
+            True,
+            5e-6 * 64**0.5,
+        ),  # measured against transformers, the worst of 120 responses of 4 to 400 tokens
         ({"float32", "bfloat16"}, 3, True, 0.004),  # measured: an fp32 engine with the policy of a bf16 trainer
         ({"bfloat16"}, 2, True, 0.5),  # bf16 logits of 16 to 32 are 0.125 apart
         ({"bfloat16"}, 200, False, 0.0135 * 200**0.5),
@@ -198,7 +203,8 @@ def test_the_tolerance_leaves_room_for_rounding(dtypes: set[str], tokens: int, o
 
 
 def test_the_tolerance_is_no_wider_than_precision_and_length_ask() -> None:
-    assert tolerance({"float32"}, 100, True) < 1e-3
+    assert tolerance({"float32"}, 10, True) < 1e-4
+    assert tolerance({"float32"}, 100, True) <= 3.01e-4
     assert tolerance({"float32"}, 100, False) < 0.1
     assert tolerance({"bfloat16"}, 200, False) < 2.0  # a stale policy is off by more over a response of median length
     assert tolerance({"bfloat16"}, 400, True) < 2 * tolerance({"bfloat16"}, 100, True)

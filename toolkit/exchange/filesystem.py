@@ -16,6 +16,7 @@ from pathlib import Path
 
 from toolkit.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 CHUNK = 64 * 2**20  # bytes hashed by one thread at a time
 
 
@@ -36,7 +37,7 @@ def write(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise full_disk(path, error) from error
         raise
 
@@ -100,7 +101,7 @@ def create_once(path: Path, data: bytes) -> bool:
                         f"the filesystem of {path.parent} refuses hard links ({error.strerror}); the exchange needs them. "
                         "Put the run on another filesystem (`metaapo doctor` tests one)."
                     ) from error
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno in FULL:
                     raise full_disk(path, error) from error
                 raise error from None
         else:

@@ -208,7 +208,7 @@ def _consumed(run: Run, found: Findings) -> None:
             requests = layout.requests(index, shard)
             needed = [layout.logprobs(layout.policy_name(index), "offline", index, shard), requests]
             decided = run.records.find(requests)
-            if decided is not None and any(run.records.table(decided)["sampled"].to_pylist()):
+            if decided is not None and decided.attributes["sampled"]:  # `_requests` proves that number
                 needed.append(layout.annotations(index, shard))
             found.problems += [
                 f"{ref}: no checkpoint consumed it, though its shard was trained"

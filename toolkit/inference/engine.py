@@ -32,9 +32,8 @@ log = logging.getLogger(__name__)
 # How far vLLM's log-prob of a token may be from the trainer's, in nats: other kernels, other layout.
 TOKEN_TOLERANCE = {"float32": 3e-5, "float16": 0.0125, "bfloat16": 0.1}
 TF32_TOLERANCE = 5e-3  # to which vLLM's attention rounds float32 on a GPU
-FLOOR = (
-    5.0  # times as much for any response: large logits are spaced that far apart, and one token may fall on the edge
-)
+# Times as much for any response, unless both compute in fp32 on a CPU: large logits are spaced that far apart.
+FLOOR = 5.0
 
 
 @dataclass(frozen=True)
@@ -284,8 +283,10 @@ def tolerance(dtypes: Collection[str], tokens: int, on_cpu: bool) -> float:
 
     Rounding errors of tokens are close to independent: they add up like a random walk.
     """
-    token = max(TOKEN_TOLERANCE[dtype] for dtype in dtypes)
-    return (token if on_cpu else max(token, TF32_TOLERANCE)) * (FLOOR + math.sqrt(tokens))
+    token, walk = max(TOKEN_TOLERANCE[dtype] for dtype in dtypes), math.sqrt(tokens)
+    if on_cpu and set(dtypes) == {"float32"}:
+        return token * walk
+    return (token if on_cpu else max(token, TF32_TOLERANCE)) * (FLOOR + walk)
 
 
 def _pack_tied_head(model: Any) -> None:

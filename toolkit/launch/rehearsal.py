@@ -79,8 +79,8 @@ def _scripts(config: Config, jobs: list[JobSpec], console: Console) -> list[str]
             continue
         console.rule(job.slot)
         console.print(batch.script(job), soft_wrap=True)
-        if asks_for_no_gpu(job):
-            console.print(f"warning: {asks_for_no_gpu(job)}", style="yellow", soft_wrap=True)
+        if sentence := asks_for_no_gpu(job):
+            console.print(f"warning: {sentence}", style="yellow", soft_wrap=True)
         if unanswered:
             continue
         try:

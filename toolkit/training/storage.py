@@ -10,8 +10,9 @@ import secrets
 from pathlib import Path
 
 from toolkit.errors import UserError
+from toolkit.exchange import filesystem
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (*filesystem.FULL, errno.EFBIG)
 PROBE_BYTES = 2**20
 
 
